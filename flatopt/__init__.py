@@ -1,0 +1,7 @@
+"""flatopt: low-rank fine-tuning that lands in flat minima of the full parameter space."""
+
+from .delta import register_low_rank
+from .optimizer import FlatPerturbOptimizer
+
+__version__ = "0.1.0"
+__all__ = ["FlatPerturbOptimizer", "register_low_rank"]

@@ -1,0 +1,97 @@
+r"""Keyed Gaussian noise: the same (key, row, column) gives the same number, on every device and in any chunking.
+
+Two neighbouring columns share one 32-bit hash; Box-Muller makes its halves into their two normals:
+
+.. math:: z_{2p} = \sqrt{-2\ln u}\,\cos 2\pi v, \qquad z_{2p+1} = \sqrt{-2\ln u}\,\sin 2\pi v
+
+with :math:`u, v` the upper and lower 16 bits as midpoints of :math:`2^{16}` cells, so :math:`|z| \le 4.86`. No global
+random state is read or written. :mod:`flatopt.kernels` computes the same numbers on the GPU.
+"""
+
+import functools
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+# A 32-bit integer hash with low bias: xor-shift, multiply, xor-shift, multiply, xor-shift (constants: Wellons'
+# hash-prospector). GOLDEN spreads consecutive counters over the whole range.
+MUL1, MUL2, GOLDEN = 0x21F0AAAD, 0x735A2D97, 0x9E3779B9
+MASK = 0xFFFFFFFF
+
+
+def mix(x: int) -> int:
+    """The hash on a Python integer."""
+    x &= MASK
+    x = ((x ^ (x >> 16)) * MUL1) & MASK
+    x = ((x ^ (x >> 15)) * MUL2) & MASK
+    return x ^ (x >> 15)
+
+
+def step_key(seed: int, step: int, rank: int) -> "tuple[int, int]":
+    """64 bits that name one draw of one rank; the targets' keys follow from it."""
+    digest = hashlib.blake2b(f"flatopt {seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def sub_key(key: "tuple[int, int]", index: int) -> "tuple[int, int]":
+    """The key of part ``index`` (a target of a step, a row of a target)."""
+    first = mix(index * GOLDEN + key[0])
+    return first, mix(first ^ key[1])
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _xor_shift_(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
+    # torch shifts int32 arithmetically: mask the copies of the sign bit away
+    torch.bitwise_right_shift(x, bits, out=scratch)
+    return x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _mix_(x: Tensor) -> Tensor:
+    scratch = torch.empty_like(x)
+    _xor_shift_(x, 16, scratch).mul_(_signed(MUL1))
+    _xor_shift_(x, 15, scratch).mul_(_signed(MUL2))
+    return _xor_shift_(x, 15, scratch)
+
+
+def row_keys(key: "tuple[int, int]", rows: int, device: torch.device) -> "tuple[Tensor, Tensor]":
+    """:func:`sub_key` of every row at once: two int32 tensors of shape ``(rows, 1)``."""
+    index = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
+    first = _mix_(index.mul_(_signed(GOLDEN)).add_(_signed(key[0])))
+    return first, _mix_(first.bitwise_xor(_signed(key[1])))
+
+
+@functools.cache
+def _tables(device: torch.device) -> "tuple[Tensor, Tensor, Tensor]":
+    # Looked up rather than computed: a vectorised and a scalar log may differ in the last bit, and which of the two an
+    # element meets depends on chunk and thread counts. The noise must not.
+    cell = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    angle = 2 * math.pi * cell
+    return tuple(t.float().to(device) for t in (torch.sqrt(-2 * torch.log(cell)), torch.cos(angle), torch.sin(angle)))
+
+
+def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int) -> Tensor:
+    """Standard normals, float32 ``(rows, columns)``, for :func:`row_keys` ``keys``; ``first_column`` must be even."""
+    first, second = keys
+    device = first.device
+    radius, cosine, sine = _tables(device)
+    pair = torch.arange(first_column // 2, (first_column + columns + 1) // 2, dtype=torch.int32, device=device)
+    bits = pair.mul_(_signed(GOLDEN)) + first
+    scratch = torch.empty_like(bits)
+    # the row's second word enters between the rounds: two rows are then never the same sequence shifted
+    _xor_shift_(bits, 16, scratch).mul_(_signed(MUL1)).add_(second)
+    _xor_shift_(bits, 15, scratch).mul_(_signed(MUL2))
+    _xor_shift_(bits, 15, scratch)
+
+    rows, pairs = bits.shape
+    high = torch.bitwise_right_shift(bits, 16, out=scratch).bitwise_and_(0xFFFF).view(-1)
+    low = bits.bitwise_and_(0xFFFF).view(-1)
+    r = torch.index_select(radius, 0, high).view(rows, pairs)
+    z = torch.empty(rows, pairs, 2, device=device)
+    torch.mul(r, torch.index_select(cosine, 0, low).view(rows, pairs), out=z[..., 0])
+    torch.mul(r, torch.index_select(sine, 0, low).view(rows, pairs), out=z[..., 1])
+    return z.view(rows, 2 * pairs)[:, :columns]

@@ -1,0 +1,169 @@
+"""Which frozen weights are perturbed."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import peft_layers
+from .delta import Delta, custom_delta, no_delta, registered
+from .reversible import GRID_BITS
+from .scale import weight_square_sums
+
+
+class Target:
+    """One frozen weight: ``module.name``, looked up anew at each use, since FSDP2 and others replace Parameters."""
+
+    def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, row_dim: int = 0):
+        self.module, self.name, self.path = module, name, path
+        self.layer, self._delta_of, self._row_dim = layer, delta_of, row_dim
+        self._square_sums = (None, None)
+
+    def __repr__(self) -> str:
+        return f"Target({self.path})"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_square_sums": (None, None)}
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight without autograd, but with its version counter: what a graph saved is known to have changed."""
+        return local(self.parameter.detach())
+
+    def rows(self) -> Tensor:
+        """The weight as a 2-D view, rows = outputs, columns = fan-in."""
+        weight = self.weight
+        if weight.dim() < 2:
+            return weight.reshape(1, -1)
+        if self._row_dim == 1:
+            return weight.t()
+        if weight.dim() > 2:  # e.g. channels_last kernels: flatten in the order of the memory, to get a view
+            inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
+            weight = weight.permute(0, *inner)
+        return weight.view(weight.shape[0], -1)
+
+    def delta(self) -> Delta:
+        """What the low-rank module adds to the weight."""
+        with torch.no_grad():
+            weight = self.weight
+            delta = self._delta_of(self.layer, weight)
+            if delta.dense is not None and weight.dim() > 2:
+                inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
+                delta = delta._replace(dense=delta.dense.reshape(weight.shape).permute(0, *inner).flatten(1))
+            elif weight.dim() > 2 and not weight.is_contiguous():
+                inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
+                factors = tuple(
+                    (B, A.view(-1, *weight.shape[1:]).permute(0, *inner).flatten(1), s) for B, A, s in delta.factors
+                )
+                delta = delta._replace(factors=factors)
+            return delta
+
+    def square_sums(self, rows: Tensor) -> Tensor:
+        """Row sums of squares of W alone, kept as long as nobody but flatopt changes W."""
+        weight = self.weight
+        key = (weight.data_ptr(), weight._version)
+        if self._square_sums[0] != key:
+            self._square_sums = (key, weight_square_sums(rows))
+        return self._square_sums[1]
+
+    def came_back(self) -> None:
+        """W has its old bits again: what is cached still holds, under the new version."""
+        weight = self.weight
+        key, sums = self._square_sums
+        if sums is not None and key[0] == weight.data_ptr():
+            self._square_sums = ((key[0], weight._version), sums)
+
+    def check(self) -> None:
+        """Raise unless this weight can be perturbed now."""
+        parameter, path = self.parameter, self.path
+        weight = local(parameter) if isinstance(parameter, Tensor) else parameter
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"{path} is {type(weight).__name__}, not a tensor: it cannot be perturbed")
+        if hasattr(parameter, "quant_state") or type(parameter).__name__ in ("Int8Params", "Params4bit"):
+            raise ValueError(
+                f"{path} is quantised ({type(parameter).__name__}): noise would be rounded away or break its format. Load "
+                "the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
+            )
+        if weight.dtype not in GRID_BITS:
+            raise ValueError(
+                f"{path} is {str(weight.dtype).removeprefix('torch.')}, a quantised or integer weight; flatopt perturbs "
+                "fp32, bf16, fp16 and fp64. Load the base model unquantised, or leave the layer out with "
+                "[{'modules': [...]}]"
+            )
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"{path} is on the meta device: it was not loaded yet, or is offloaded. Load the model's weights (and turn "
+                "CPU/disk offload off) before the training step"
+            )
+        if weight.numel() == 0:
+            raise ValueError(
+                f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
+                "FSDP2, where each rank keeps rows of the weight"
+            )
+        if parameter.requires_grad:
+            raise ValueError(
+                f"{path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or "
+                "leave it out with [{'modules': [...]}]"
+            )
+        if getattr(self.layer, "merged", False) is True:
+            raise ValueError(
+                f"{path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
+                "training"
+            )
+        hook = getattr(self.module, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor (DTensor); any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _owner(root: nn.Module, parameter: Tensor) -> "tuple[nn.Module, str, str] | None":
+    for path, module in root.named_modules():
+        for name, candidate in module._parameters.items():
+            if candidate is parameter:
+                return module, name, f"{path}.{name}" if path else name
+    return None
+
+
+def _in_layer(layer: nn.Module, path: str) -> Iterator[Target]:
+    def join(*parts):
+        return ".".join(part for part in parts if part)
+
+    if peft_layers.is_tuner_layer(layer):
+        for base, name, row_dim in peft_layers.base_weights(layer, path or type(layer).__name__):
+            yield Target(base, name, join(path, name), layer, peft_layers.peft_delta, row_dim)
+    elif registered(layer) is not None:
+        base = registered(layer).base(layer)
+        owner = _owner(layer, base) if isinstance(base, Tensor) else None
+        if owner is None:
+            raise ValueError(
+                f"base() of {path or type(layer).__name__} ({type(layer).__name__}) must return an nn.Parameter of that "
+                f"module or of one inside it, got {type(base).__name__}"
+            )
+        module, name, inner = owner
+        yield Target(module, name, join(path, inner), layer, custom_delta)
+
+
+def find(modules: Iterable[nn.Module]) -> "list[Target]":
+    """The base weight under every low-rank module in ``modules``; each once, however often it is tied."""
+    return [t for module in modules for path, layer in module.named_modules() for t in _in_layer(layer, path)]
+
+
+class _Raw(nn.Module):
+    """Gives raw parameters the (module, name) that targets are held by."""
+
+    def __init__(self, parameters: "list[Tensor]"):
+        super().__init__()
+        self._parameters.update({f"params[{i}]": p for i, p in enumerate(parameters)})
+
+
+def raw(parameters: "list[Tensor]") -> "list[Target]":
+    holder = _Raw(parameters)
+    return [Target(holder, name, name, holder, no_delta) for name in holder._parameters]

@@ -1,0 +1,185 @@
+"""When W is perturbed: from the first training forward of a step to ``step()``, and in no evaluation between."""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .noise import step_key, sub_key
+from .restore import RESTORES, Draw
+
+_open = weakref.WeakSet()  # windows whose weights are perturbed now
+
+
+class Window:
+    """The weights perturbed for the current step, and how to restore them. Holds no reference to the optimizer."""
+
+    def __init__(self):
+        self.is_open = False
+        self.held = False  # inside ``with perturbed()``: forwards do not toggle
+        self.suspended_by: nn.Module | None = None
+        self.was_suspended = weakref.WeakSet()  # modules that ran without gradients in this window
+        self._plans = []  # (name of the restore mode, draws)
+        self._seen = []  # (target, its parameter, the perturbed storage, its version)
+        self._undo = []
+
+    @torch.no_grad()
+    def open(self, groups: "list[tuple[dict, float]]", seed: int, step: int, rank: int) -> None:
+        """Perturb the targets of ``(group, sigma_t)``; all of them or, if anything raises, none."""
+        if self.is_open:
+            return
+        with torch.inference_mode(False):  # in inference mode a write would not move the version counter
+            key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
+            for group, sigma in groups:
+                draws = []
+                for target in group["targets"]:
+                    index += 1
+                    target.check()
+                    if sigma > 0 and id(target.parameter) not in tied:
+                        tied.add(id(target.parameter))
+                        draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
+                if draws:
+                    plans.append((group["restore"], draws))
+            self._plans = plans
+            try:
+                for name, draws in plans:
+                    self._undo.append(RESTORES[name](draws))
+            except BaseException:
+                self._run_undo()
+                raise
+            self._mark()
+        self.was_suspended.clear()
+        self.is_open = True
+        _open.add(self)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Restore W; nothing to do where it is clean."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        _open.discard(self)
+        try:
+            for target, parameter, weight, version in self._seen:
+                if target.parameter is not parameter or weight._version != version:
+                    raise RuntimeError(
+                        f"{target.path} was written to or replaced while it was perturbed, so its clean value is lost. "
+                        "Reload the base weights; before changing them, call optimizer.restore()"
+                    )
+            if self.suspended_by is None:
+                self._run_undo()
+            for target, _, weight, _ in self._seen:
+                if target.weight.data_ptr() != weight.data_ptr():  # model.to(...) since: what it should have moved
+                    target.weight.copy_(weight)
+        finally:
+            self._plans, self._seen, self._undo, self.suspended_by = [], [], [], None
+
+    def suspend(self, module: nn.Module) -> None:
+        """Clean W for a no-grad forward of ``module`` amid a step; :meth:`resume` puts the same perturbed bits back.
+
+        A graph that saved the perturbed W then stays valid, so the version counters go back too. Not so with
+        ``subtract``, whose bits drift: there backward raises, as it should.
+        """
+        self.suspended_by = module
+        self.was_suspended.add(module)
+        exact = not any(name == "subtract" for name, _ in self._plans)
+        self._versions = [torch.autograd._unsafe_preserve_version_counter(p) for _, p, _, _ in self._seen if exact]
+        self._run_undo()
+        self._mark()
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        self.suspended_by = None
+        with torch.inference_mode(False):
+            self._undo = [RESTORES[name](draws) for name, draws in self._plans]
+        for version in self._versions:
+            version.__exit__()
+        self._mark()
+
+    def modules(self) -> "set[nn.Module]":
+        return {target.module for target, _, _, _ in self._seen}
+
+    @torch.no_grad()
+    def _run_undo(self) -> None:
+        with torch.inference_mode(False):
+            while self._undo:
+                self._undo.pop()()
+        for _, draws in self._plans:
+            for draw in draws:
+                draw.target.came_back()
+
+    def _mark(self) -> None:
+        targets = [draw.target for _, draws in self._plans for draw in draws]
+        self._seen = [(t, t.parameter, t.weight, t.weight._version) for t in targets]
+
+
+def close_around(module: nn.Module) -> None:
+    """Restore every open window that has a target inside ``module``."""
+    inside = set(module.modules())
+    for window in list(_open):
+        if not inside.isdisjoint(window.modules()):
+            window.close()
+
+
+class Ear:
+    """A window's hooks on a model. Copies and pickles of the model get a deaf one: they are not being trained."""
+
+    def __init__(self, window: Window | None = None, open_window: Callable[[], None] | None = None):
+        self.window, self.open_window = window, open_window
+
+    @torch.compiler.disable
+    def before_forward(self, module: nn.Module, args) -> None:
+        window = self.window
+        if window is None or window.held or window.suspended_by is not None:
+            return
+        if not module.training:
+            window.close()
+        elif not torch.is_grad_enabled():
+            if window.is_open:
+                window.suspend(module)
+        else:
+            if torch._C._current_graph_task_id() != -1 and (not window.is_open or module in window.was_suspended):
+                raise RuntimeError(
+                    f"{type(module).__name__} ran its forward without gradients on clean weights and is now recomputed, in "
+                    "backward, on perturbed ones: reentrant activation checkpointing around a module given in the groups. "
+                    "Use use_reentrant=False, or pass the whole model as targets"
+                )
+            self.open_window()
+
+    @torch.compiler.disable
+    def after_forward(self, module: nn.Module, args, output) -> None:
+        if self.window is not None and self.window.suspended_by is module:
+            self.window.resume()
+
+    @torch.compiler.disable
+    def clean_first(self, *_) -> None:
+        if self.window is not None:
+            self.window.close()
+
+    def __deepcopy__(self, memo: dict) -> "Ear":
+        if self.window is not None and self.window.is_open:
+            parameters = [parameter for _, parameter, _, _ in self.window._seen]
+            self.window.close()
+            with torch.no_grad():
+                for parameter in parameters:  # the copier may have passed W before it came here
+                    if id(parameter) in memo:
+                        memo[id(parameter)].copy_(parameter)
+        return Ear()
+
+    def __reduce__(self):
+        self.clean_first()
+        return Ear, ()
+
+
+def listen(ear: Ear, roots: "list[nn.Module]", owners: "list[nn.Module]") -> list:
+    """Register ``ear`` on the modules whose forward opens a step and on those that hold the weights."""
+    handles = []
+    for root in roots:
+        # prepended: FSDP gathers the weights in a pre-hook of its own, and must gather perturbed ones
+        handles.append(root.register_forward_pre_hook(ear.before_forward, prepend=True))
+        handles.append(root.register_forward_hook(ear.after_forward, always_call=True))
+    for owner in owners:
+        handles.append(owner.register_state_dict_pre_hook(ear.clean_first))
+        handles.append(owner._register_load_state_dict_pre_hook(ear.clean_first))
+    return handles

@@ -41,6 +41,14 @@ class Window:
                         draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
                 if draws:
                     plans.append((group["restore"], draws))
+            others = set().union(*(window.modules() for window in _open))
+            for _, draws in plans:
+                for draw in draws:
+                    if draw.target.module in others:
+                        raise RuntimeError(
+                            f"{draw.target.path} is already perturbed by another FlatPerturbOptimizer; one weight can have "
+                            "one. Delete the other optimizer, or give the two different modules"
+                        )
             self._plans = plans
             try:
                 for name, draws in plans:

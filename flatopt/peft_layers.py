@@ -39,16 +39,19 @@ def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str,
     base = layer.get_base_layer()
     name = getattr(layer, "parameter_name", "weight")  # lora.ParamWrapper names its own
     if isinstance(base, nn.MultiheadAttention):
-        raise ValueError(
-            f"{path} is a PEFT layer on nn.MultiheadAttention: PEFT makes a new, rounded base weight there at each "
-            "forward, so there is no frozen weight to perturb. Use an attention with Linear projections (as timm's), or "
-            "leave it out: pass the other layers as [{'modules': [...]}]"
-        )
+        name = "in_proj_weight"
     if not isinstance(getattr(base, name, None), Tensor):
         raise ValueError(f"{path} has no base weight {name!r} that flatopt can perturb; pass the other layers as groups")
     if getattr(base, "is_transposed", False) and getattr(base, name).dim() > 2:
         raise ValueError(f"{path}.{name} holds experts as (expert, in, out), which flatopt does not support yet")
     yield base, name, 1 if getattr(layer, "fan_in_fan_out", False) else 0
+
+
+def remade(layer: nn.Module) -> "list[nn.Module]":
+    """The layers whose base weight PEFT remakes at each forward, as W + sBA - sBA: lora.MultiheadAttention's."""
+    if is_tuner_layer(layer) and isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        return [layer, layer.get_base_layer().out_proj]
+    return []
 
 
 def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:

@@ -17,6 +17,7 @@ class Target:
     def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, row_dim: int = 0):
         self.module, self.name, self.path = module, name, path
         self.layer, self._delta_of, self._row_dim = layer, delta_of, row_dim
+        self.remade = False  # a new parameter after each forward: only a copy can restore it
         self._square_sums = (None, None)
 
     def __repr__(self) -> str:
@@ -152,8 +153,15 @@ def _in_layer(layer: nn.Module, path: str) -> Iterator[Target]:
 
 
 def find(modules: Iterable[nn.Module]) -> "list[Target]":
-    """The base weight under every low-rank module in ``modules``; each once, however often it is tied."""
-    return [t for module in modules for path, layer in module.named_modules() for t in _in_layer(layer, path)]
+    """The base weight under every low-rank module in ``modules``."""
+    targets, remade = [], set()
+    for module in modules:
+        for path, layer in module.named_modules():
+            remade.update(peft_layers.remade(layer))
+            for target in _in_layer(layer, path):
+                target.remade = layer in remade
+                targets.append(target)
+    return targets
 
 
 class _Raw(nn.Module):

@@ -19,6 +19,7 @@ class Window:
         self.is_open = False
         self.held = False  # inside ``with perturbed()``: forwards do not toggle
         self.suspended_by: nn.Module | None = None
+        self.running = weakref.WeakSet()  # modules whose forward is under way
         self.was_suspended = weakref.WeakSet()  # modules that ran without gradients in this window
         self._plans = []  # (name of the restore mode, draws)
         self._seen = []  # (target, its parameter, the perturbed storage, its version)
@@ -39,8 +40,9 @@ class Window:
                     if sigma > 0 and id(target.parameter) not in tied:
                         tied.add(id(target.parameter))
                         draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
-                if draws:
-                    plans.append((group["restore"], draws))
+                remade = [draw for draw in draws if draw.target.remade]
+                kept = [draw for draw in draws if not draw.target.remade]
+                plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
             others = set().union(*(window.modules() for window in _open))
             for _, draws in plans:
                 for draw in draws:
@@ -70,7 +72,7 @@ class Window:
         _open.discard(self)
         try:
             for target, parameter, weight, version in self._seen:
-                if target.parameter is not parameter or weight._version != version:
+                if not target.remade and (target.parameter is not parameter or weight._version != version):
                     raise RuntimeError(
                         f"{target.path} was written to or replaced while it was perturbed, so its clean value is lost. "
                         "Reload the base weights; before changing them, call optimizer.restore()"
@@ -78,7 +80,7 @@ class Window:
             if self.suspended_by is None:
                 self._run_undo()
             for target, _, weight, _ in self._seen:
-                if target.weight.data_ptr() != weight.data_ptr():  # model.to(...) since: what it should have moved
+                if target.weight.data_ptr() != weight.data_ptr():  # model.to(...) since then: what it should have moved
                     target.weight.copy_(weight)
         finally:
             self._plans, self._seen, self._undo, self.suspended_by = [], [], [], None
@@ -123,10 +125,10 @@ class Window:
 
 
 def close_around(module: nn.Module) -> None:
-    """Restore every open window that has a target inside ``module``."""
+    """Restore every open window that has a target inside ``module``, unless it is PEFT merging for a forward under way."""
     inside = set(module.modules())
     for window in list(_open):
-        if not inside.isdisjoint(window.modules()):
+        if not window.running and not inside.isdisjoint(window.modules()):
             window.close()
 
 
@@ -139,7 +141,10 @@ class Ear:
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args) -> None:
         window = self.window
-        if window is None or window.held or window.suspended_by is not None:
+        if window is None:
+            return
+        window.running.add(module)
+        if window.held or window.suspended_by is not None:
             return
         if not module.training:
             window.close()
@@ -157,7 +162,10 @@ class Ear:
 
     @torch.compiler.disable
     def after_forward(self, module: nn.Module, args, output) -> None:
-        if self.window is not None and self.window.suspended_by is module:
+        if self.window is None:
+            return
+        self.window.running.discard(module)
+        if self.window.suspended_by is module:
             self.window.resume()
 
     @torch.compiler.disable

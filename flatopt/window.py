@@ -143,6 +143,14 @@ class Ear:
         window = self.window
         if window is None:
             return
+        if getattr(module, "_is_replica", False):
+            if module.training and torch.is_grad_enabled() and not window.is_open:
+                raise RuntimeError(
+                    "torch.nn.DataParallel copied the weights to its GPUs before they could be perturbed. Train with "
+                    "DistributedDataParallel (torchrun, accelerate launch), on one GPU (CUDA_VISIBLE_DEVICES=0), or pass the "
+                    "DataParallel module itself as targets"
+                )
+            return
         window.running.add(module)
         if window.held or window.suspended_by is not None:
             return

@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, Union
 
@@ -11,17 +11,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import targets as find_targets
+from .groups import read_groups
 from .peft_layers import is_tuner_layer, restore_before_merging
 from .restore import RESTORES
 from .scale import NOISES
 from .schedule import SCHEDULES, Schedule, factor
 from .window import Ear, Window, close_around, listen
+from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
 
 
-class FlatPerturbOptimizer(Optimizer):
+class FlatPerturbOptimizer(OptimizerWrapper):
     r"""Trains low-rank adapters at randomly perturbed frozen base weights (Flat-LoRA, Li et al., ICML 2025).
 
     Minimises the expected loss around the *merged* weight, in the full parameter space, over the adapter alone:
@@ -91,27 +92,24 @@ class FlatPerturbOptimizer(Optimizer):
         seed: int = 0,
         shared: bool = False,
     ):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a constructed torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self._wrap(optimizer)
         if total_steps is not None and (int(total_steps) != total_steps or total_steps < 1):
             raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
         if int(seed) != seed:
             raise ValueError(f"seed must be an integer, got {seed!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
         self.total_steps, self.shared = total_steps, shared
-        self.perturb_groups, self._roots = _groups(targets, defaults)
+        self.perturb_groups, self._roots = read_groups(targets, defaults)
         for group in self.perturb_groups:
             _check_group(group, total_steps)
             for target in group["targets"]:
                 target.check()
-        self.optimizer = optimizer
         self._count(int(seed), 0)
         self._warned = self._drawn = False
         self._attach()
 
     def _attach(self) -> None:
-        # Optimizer.__init__ would assign state and param_groups, through our properties: wiping the wrapped one's
-        super().__setstate__({})
+        super()._attach()
         self._window = Window()
         myself = weakref.ref(self)
         ear = Ear(self._window, lambda: myself() and myself()._open())
@@ -196,47 +194,17 @@ class FlatPerturbOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict) -> None:
         """The wrapped optimizer's ``add_param_group``; which base weights are perturbed does not change."""
-        self.optimizer.add_param_group(param_group)
+        super().add_param_group(param_group)
         self._count(self.param_groups[0][SEED], self.param_groups[0][STEP])
-
-    def train(self, *args) -> None:
-        """For Trainer and schedule-free optimizers: passed on to the wrapped optimizer, if it has a ``train``."""
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train(*args)
 
     def eval(self, *args) -> None:
         """Restore W; passed on to the wrapped optimizer, if it has an ``eval``."""
         self.restore()
-        if hasattr(self.optimizer, "eval"):
-            self.optimizer.eval(*args)
-
-    @property
-    def param_groups(self) -> "list[dict[str, Any]]":
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self):
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value) -> None:
-        self.optimizer.state = value
-
-    @property
-    def defaults(self) -> "dict[str, Any]":
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value) -> None:
-        self.optimizer.defaults = value
+        super().eval(*args)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -247,13 +215,7 @@ class FlatPerturbOptimizer(Optimizer):
 
     def state_dict(self) -> "dict[str, Any]":
         """The wrapped optimizer's state dict; its param groups carry ``flatopt_seed`` and ``flatopt_step``."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state_dict = self.optimizer.state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        return state_dict
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: "dict[str, Any]") -> None:
         """Load into the wrapped optimizer and go on with the saved noise and schedule.
@@ -261,26 +223,19 @@ class FlatPerturbOptimizer(Optimizer):
         A state dict of the bare optimizer loads too; seed and step then stay as they are.
         """
         self.restore()
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
+        super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: "dict[str, Any]") -> None:
         seed, step = self.param_groups[0][SEED], self.param_groups[0][STEP]
-        self.optimizer.load_state_dict(state_dict)
+        super()._load(state_dict)
         saved = self.param_groups[0]
         self._count(saved.get(SEED, seed), saved.get(STEP, step))
         self._drawn = False
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
 
     def __getstate__(self) -> "dict[str, Any]":
         self.restore()
         names = ("optimizer", "perturb_groups", "total_steps", "shared", "_roots", "_warned", "_drawn")
         return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: "dict[str, Any]") -> None:
-        self.__dict__.update(state)
-        self._attach()
 
     def __repr__(self) -> str:
         lines = [
@@ -307,50 +262,6 @@ def _detach(window: Window, handles: list) -> None:
     window.close()
     for handle in handles:
         handle.remove()
-
-
-def _groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, Any]], list[nn.Module]]":
-    """``perturb_groups`` and the modules whose forward opens a step."""
-    if isinstance(targets, nn.Module):
-        targets = [{"modules": targets}]
-    if not (isinstance(targets, (list, tuple)) and targets and all(isinstance(group, dict) for group in targets)):
-        raise TypeError(
-            "targets must be a module, or a non-empty list of dicts such as {'modules': model.blocks, 'sigma': 0.1}; got "
-            f"{type(targets).__name__}"
-        )
-    groups, roots, taken = [], [], set()
-    for given in targets:
-        unknown = set(given) - {"modules", "params", *defaults}
-        if unknown or ("modules" in given) == ("params" in given):
-            raise ValueError(
-                "a target group has either 'modules' or 'params', and optionally "
-                f"{', '.join(map(repr, defaults))}; got {sorted(given)}"
-            )
-        if "modules" in given:
-            modules = _as_list(given["modules"], nn.Module, "modules", "an nn.Module or an iterable of them")
-            found = find_targets.find(modules)
-            roots += modules
-        else:
-            found = find_targets.raw(
-                _as_list(given["params"], torch.Tensor, "params", "a frozen parameter or an iterable of them")
-            )
-        found = [t for t in found if not (id(t.parameter) in taken or taken.add(id(t.parameter)))]
-        if not found:
-            names = ", ".join(sorted({type(m).__name__ for m in modules})) if "modules" in given else "params"
-            raise ValueError(
-                f"no low-rank module with a frozen base weight was found in {names} (or an earlier group has them all). Add "
-                "adapters first (peft.get_peft_model), make your own module known with flatopt.register_low_rank(), or "
-                "pass frozen parameters as [{'params': [...]}]"
-            )
-        groups.append({"targets": found, **defaults, **{k: v for k, v in given.items() if k in defaults}})
-    return groups, list(dict.fromkeys(roots))
-
-
-def _as_list(value, kind: type, key: str, wanted: str) -> list:
-    items = [value] if isinstance(value, kind) else list(value) if isinstance(value, Iterable) else [None]
-    if not items or not all(isinstance(item, kind) for item in items):
-        raise TypeError(f"{key!r} of a target group must be {wanted}, got {value!r:.100}")
-    return items
 
 
 def _check_group(group: "dict[str, Any]", total_steps: int | None) -> None:

@@ -1,0 +1,57 @@
+"""How a target spec is read: a module, or dicts in the manner of torch's param groups."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import targets as targets_in
+
+
+def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, Any]], list[nn.Module]]":
+    """The groups, each with its list of ``targets`` and the ``defaults`` filled in; and the modules they were found in.
+
+    A weight belongs to the first group that names it.
+
+    Raises:
+        TypeError, ValueError: for a spec that does not fit, and for a group in which no target was found.
+    """
+    if isinstance(targets, nn.Module):
+        targets = [{"modules": targets}]
+    if not (isinstance(targets, (list, tuple)) and targets and all(isinstance(group, dict) for group in targets)):
+        raise TypeError(
+            "targets must be a module, or a non-empty list of dicts such as {'modules': model.blocks, 'sigma': 0.1}; got "
+            f"{type(targets).__name__}"
+        )
+    groups, roots, taken = [], [], set()
+    for given in targets:
+        unknown = set(given) - {"modules", "params", *defaults}
+        if unknown or ("modules" in given) == ("params" in given):
+            optional = f", and optionally {', '.join(map(repr, defaults))}" if defaults else ""
+            raise ValueError(f"a target group has either 'modules' or 'params'{optional}; got {sorted(given)}")
+        if "modules" in given:
+            modules = _as_list(given["modules"], nn.Module, "modules", "an nn.Module or an iterable of them")
+            found = targets_in.find(modules)
+            roots += modules
+        else:
+            found = targets_in.raw(
+                _as_list(given["params"], torch.Tensor, "params", "a frozen parameter or an iterable of them")
+            )
+        found = [t for t in found if not (id(t.parameter) in taken or taken.add(id(t.parameter)))]
+        if not found:
+            names = ", ".join(sorted({type(m).__name__ for m in modules})) if "modules" in given else "params"
+            raise ValueError(
+                f"no low-rank module with a frozen base weight was found in {names} (or an earlier group has them all). Add "
+                "adapters first (peft.get_peft_model), make your own module known with flatopt.register_low_rank(), or "
+                "pass frozen parameters as [{'params': [...]}]"
+            )
+        groups.append({"targets": found, **defaults, **{k: v for k, v in given.items() if k in defaults}})
+    return groups, list(dict.fromkeys(roots))
+
+
+def _as_list(value, kind: type, key: str, wanted: str) -> list:
+    items = [value] if isinstance(value, kind) else list(value) if isinstance(value, Iterable) else [None]
+    if not items or not all(isinstance(item, kind) for item in items):
+        raise TypeError(f"{key!r} of a target group must be {wanted}, got {value!r:.100}")
+    return items

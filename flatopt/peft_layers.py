@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .delta import Delta
 
-# Their get_delta_weight is a rotation or wants the weight as an argument: not an update that is added to W.
-NOT_ADDITIVE = {"oft", "boft", "hra", "miss", "bone"}
+# A rotation of W (OFT, BOFT, HRA), an update that PEFT cannot tell (MiSS, Bone, Lily), or a layer that never reads W (FRoD).
+NOT_ADDITIVE = {"oft", "boft", "hra", "miss", "bone", "lily", "frod"}
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -26,15 +26,15 @@ def family(module: nn.Module) -> str:
     return ""
 
 
-def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str, int]]":
-    """``(module, parameter name, dimension of the output rows)`` of each base weight the layer adapts."""
+def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str, str]]":
+    """``(module, parameter name, layout)`` of each base weight the layer adapts; for ``layout`` see ``targets.Target``."""
     if not hasattr(layer, "get_delta_weight") or not layer.adapter_layer_names:
         return  # IA3, prompt and norm tuning: nothing is added to a weight
     kind = family(layer)
     if kind in NOT_ADDITIVE:
         raise ValueError(
-            f"{path} is a PEFT {kind} layer, whose update is not added to its base weight, so flatopt cannot tell the "
-            "merged weight. Leave it out: pass the other layers as [{'modules': [...]}]"
+            f"{path} is a PEFT {kind} layer, which does not apply its base weight plus an update that it can tell, so "
+            "flatopt does not know the merged weight. Leave it out: pass the other layers as [{'modules': [...]}]"
         )
     base = layer.get_base_layer()
     name = getattr(layer, "parameter_name", "weight")  # lora.ParamWrapper names its own
@@ -42,9 +42,18 @@ def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str,
         name = "in_proj_weight"
     if not isinstance(getattr(base, name, None), Tensor):
         raise ValueError(f"{path} has no base weight {name!r} that flatopt can perturb; pass the other layers as groups")
-    if getattr(base, "is_transposed", False) and getattr(base, name).dim() > 2:
-        raise ValueError(f"{path}.{name} holds experts as (expert, in, out), which flatopt does not support yet")
-    yield base, name, 1 if getattr(layer, "fan_in_fan_out", False) else 0
+    experts = hasattr(layer, "parameter_name") and getattr(base, name).dim() == 3
+    if experts and getattr(base, "is_transposed", False):
+        raise ValueError(
+            f"{path}.{name} holds experts as (expert, in, out), which flatopt does not support yet. Leave it out: pass the "
+            "other layers as [{'modules': [...]}]"
+        )
+    if getattr(base, "groups", 1) > 1 and getattr(layer, "lora_magnitude_vector", None):
+        raise ValueError(
+            f"{path} is a grouped convolution with DoRA, for which PEFT takes the norm of another matrix than it applies. "
+            "Use LoRA there, or leave it out: pass the other layers as [{'modules': [...]}]"
+        )
+    yield base, name, "experts" if experts else "columns" if getattr(layer, "fan_in_fan_out", False) else "rows"
 
 
 def remade(layer: nn.Module) -> "list[nn.Module]":
@@ -67,17 +76,26 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
         factors = [_lora(layer, name, weight) for name in adapters]
         if None not in factors:
             return _with_dora(layer, adapters, factors, weight)
-    dense = [layer.get_delta_weight(name) for name in adapters]
+    dense = [_dense(layer, name, weight) for name in adapters]
     if not dense:
         return Delta()
     total = sum(dense[1:], dense[0]).reshape(weight.shape)
     if getattr(layer, "fan_in_fan_out", False):
         total = total.t()
-    return Delta(dense=total.reshape(-1, total.shape[-1]) if hasattr(layer, "parameter_name") else total.flatten(1))
+    return Delta(dense=total.flatten(1))
 
 
 def _has(layer: nn.Module, adapter: str) -> bool:
     return any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
+
+
+def _dense(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None:  # their get_delta_weight is plain LoRA's
+        return variant.merge_safe(layer, name, weight.clone()) - weight
+    delta = layer.get_delta_weight(name)
+    delta = delta.to_dense() if delta.is_sparse else delta
+    return weight * delta if family(layer) == "hira" else delta  # HiRA: W + W * BA, element by element
 
 
 def _adalora(layer: nn.Module, name: str):
@@ -90,14 +108,19 @@ def _lora(layer: nn.Module, name: str, weight: Tensor):
     scaling = layer.scaling[name]
     if name in layer.lora_embedding_A:  # delta = (B A)^T: a row is one token's vector
         return layer.lora_embedding_A[name].t(), layer.lora_embedding_B[name].t(), scaling
-    A, B = layer.lora_A[name].weight.flatten(1), layer.lora_B[name].weight.flatten(1)
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
+        A = torch.cat([ranks.chunk(groups, dim=1)[group] for group, ranks in enumerate(A.chunk(groups))])
+        B = torch.block_diag(*B.flatten(1).chunk(groups))
+    A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight[0].numel()
     if getattr(layer, "fan_in_fan_out", False):
         rows, fan_in = fan_in, rows
     fits = B.shape[0] == rows and A.shape[1] == fan_in and B.shape[1] == A.shape[0]
     variant = getattr(layer, "lora_variant", {}).get(name)
     if not fits or not (variant is None or type(variant).__name__.startswith(("Dora", "ALora"))):
-        return None  # grouped convolutions, QALoRA, KaSA, ...: PEFT multiplies them out
+        return None  # QALoRA, KaSA, ...: PEFT multiplies them out
     return B, A, scaling
 
 
@@ -107,11 +130,11 @@ def _with_dora(layer: nn.Module, adapters: "list[str]", factors: list, weight: T
     dora = [name in magnitude for name in adapters]
     if not any(dora):
         return Delta(factors=tuple(factors))
-    if getattr(layer, "lora_embedding_A", None) and adapters[0] in layer.lora_embedding_A:
+    if adapters[0] in layer.lora_embedding_A:
         return _dora_embedding(layer, adapters, weight)
     if len(adapters) == 1:
         return Delta(factors=tuple(factors), row_norm=magnitude[adapters[0]].weight.flatten())
-    from .scale import row_square_sums  # each adapter adds (c - 1) W + c sBA, with c = m / |W + sBA|
+    from .scale import row_square_sums
 
     rows = weight.flatten(1) if not getattr(layer, "fan_in_fan_out", False) else weight.t()
     alpha = torch.ones(rows.shape[0], device=weight.device)
@@ -120,7 +143,11 @@ def _with_dora(layer: nn.Module, adapters: "list[str]", factors: list, weight: T
         if is_dora:
             norm = row_square_sums(rows, Delta(factors=((B, A, s),))).sqrt()
             c = magnitude[name].weight.flatten().float() / norm
-            alpha, B = alpha + c - 1, c.unsqueeze(1) * B
+            if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
+                alpha = alpha + c - 1  # PEFT adds (c - 1) W + c sBA
+            else:  # PEFT multiplies what the adapters before made of W
+                alpha, terms = c * alpha, [(c.unsqueeze(1) * B, A, s) for B, A, s in terms]
+            B = c.unsqueeze(1) * B
         terms.append((B, A, s))
     return Delta(factors=tuple(terms), alpha=alpha)
 
@@ -129,12 +156,10 @@ def _dora_embedding(layer: nn.Module, adapters: "list[str]", weight: Tensor) -> 
     """PEFT scales an embedding by column, so the rows' norms follow from the weight multiplied out."""
     applied = weight.float()
     for name in adapters:
-        merged = weight + layer.get_delta_weight(name)
+        delta = layer.get_delta_weight(name)
+        applied = applied + delta
         if name in layer.lora_magnitude_vector:
-            m = layer.lora_magnitude_vector[name].weight
-            applied = applied + m / torch.linalg.norm(merged, dim=0) * merged - weight
-        else:
-            applied = applied + layer.get_delta_weight(name)
+            applied = applied * layer.lora_magnitude_vector[name].weight / torch.linalg.norm(weight + delta, dim=0)
     return Delta(dense=applied - weight)
 
 

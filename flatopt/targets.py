@@ -12,11 +12,14 @@ from .scale import weight_square_sums
 
 
 class Target:
-    """One frozen weight: ``module.name``, looked up anew at each use, since FSDP2 and others replace Parameters."""
+    """One frozen weight: ``module.name``, looked up anew at each use, since FSDP2 and others replace Parameters.
 
-    def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, row_dim: int = 0):
+    ``layout``: where the outputs are; ``"rows"``: dimension 0, ``"columns"``: 1, ``"experts"``: 0 and 1.
+    """
+
+    def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, layout: str = "rows"):
         self.module, self.name, self.path = module, name, path
-        self.layer, self._delta_of, self._row_dim = layer, delta_of, row_dim
+        self.layer, self._delta_of, self._layout = layer, delta_of, layout
         self.remade = False  # a new parameter after each forward: only a copy can restore it
         self._square_sums = (None, None)
 
@@ -40,8 +43,10 @@ class Target:
         weight = self.weight
         if weight.dim() < 2:
             return weight.reshape(1, -1)
-        if self._row_dim == 1:
+        if self._layout == "columns":
             return weight.t()
+        if self._layout == "experts":
+            return weight.flatten(0, 1)
         if weight.dim() > 2:  # e.g. channels_last kernels: flatten in the order of the memory, to get a view
             inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
             weight = weight.permute(0, *inner)
@@ -51,7 +56,12 @@ class Target:
         """What the low-rank module adds to the weight."""
         with torch.no_grad():
             weight = self.weight
-            delta = self._delta_of(self.layer, weight)
+            try:
+                delta = self._delta_of(self.layer, weight)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from error
+            if self._layout == "experts":
+                return delta if delta.dense is None else delta._replace(dense=delta.dense.reshape(self.rows().shape))
             if delta.dense is not None and weight.dim() > 2:
                 inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
                 delta = delta._replace(dense=delta.dense.reshape(weight.shape).permute(0, *inner).flatten(1))
@@ -138,8 +148,8 @@ def _in_layer(layer: nn.Module, path: str) -> Iterator[Target]:
         return ".".join(part for part in parts if part)
 
     if peft_layers.is_tuner_layer(layer):
-        for base, name, row_dim in peft_layers.base_weights(layer, path or type(layer).__name__):
-            yield Target(base, name, join(path, name), layer, peft_layers.peft_delta, row_dim)
+        for base, name, layout in peft_layers.base_weights(layer, path or type(layer).__name__):
+            yield Target(base, name, join(path, name), layer, peft_layers.peft_delta, layout)
     elif registered(layer) is not None:
         base = registered(layer).base(layer)
         owner = _owner(layer, base) if isinstance(base, Tensor) else None

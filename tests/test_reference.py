@@ -1,4 +1,4 @@
-"""The library side by side with its reference twin: the same standard deviations, and from the same normals the same bits."""
+"""The library beside its reference twin: the same standard deviations, and from the same normals the same bits."""
 
 import peft
 import pytest

@@ -2,6 +2,7 @@
 
 from .delta import register_low_rank
 from .optimizer import FlatPerturbOptimizer
+from .sam import SAM
 
 __version__ = "0.1.0"
-__all__ = ["FlatPerturbOptimizer", "register_low_rank"]
+__all__ = ["SAM", "FlatPerturbOptimizer", "register_low_rank"]

@@ -20,6 +20,7 @@ class Target:
     def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, layout: str = "rows"):
         self.module, self.name, self.path = module, name, path
         self.layer, self._delta_of, self._layout = layer, delta_of, layout
+        self.version_moves = hasattr(layer, "parameter_name")  # PEFT's ParamWrapper: parametrize calls set_ in each forward
         self.remade = False  # a new parameter after each forward: only a copy can restore it
         self._square_sums = (None, None)
 
@@ -149,7 +150,7 @@ def _in_layer(layer: nn.Module, path: str) -> Iterator[Target]:
 
     if peft_layers.is_tuner_layer(layer):
         for base, name, layout in peft_layers.base_weights(layer, path or type(layer).__name__):
-            yield Target(base, name, join(path, name), layer, peft_layers.peft_delta, layout)
+            yield Target(base, name, join(path or type(layer).__name__, name), layer, peft_layers.peft_delta, layout)
     elif registered(layer) is not None:
         base = registered(layer).base(layer)
         owner = _owner(layer, base) if isinstance(base, Tensor) else None
@@ -159,7 +160,7 @@ def _in_layer(layer: nn.Module, path: str) -> Iterator[Target]:
                 f"module or of one inside it, got {type(base).__name__}"
             )
         module, name, inner = owner
-        yield Target(module, name, join(path, inner), layer, custom_delta)
+        yield Target(module, name, join(path or type(layer).__name__, inner), layer, custom_delta)
 
 
 def find(modules: Iterable[nn.Module]) -> "list[Target]":

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,13 @@ from .noise import step_key, sub_key
 from .restore import RESTORES, Draw
 
 _open = weakref.WeakSet()  # windows whose weights are perturbed now
+
+
+@contextmanager
+def _writing():
+    # in inference mode a write would not move the version counter; leaving that mode turns gradients on
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Window:
@@ -25,45 +33,44 @@ class Window:
         self._seen = []  # (target, its parameter, the perturbed storage, its version)
         self._undo = []
 
-    @torch.no_grad()
+    @_writing()
     def open(self, groups: "list[tuple[dict, float]]", seed: int, step: int, rank: int) -> None:
         """Perturb the targets of ``(group, sigma_t)``; all of them or, if anything raises, none."""
         if self.is_open:
             return
-        with torch.inference_mode(False):  # in inference mode a write would not move the version counter
-            key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
-            for group, sigma in groups:
-                draws = []
-                for target in group["targets"]:
-                    index += 1
-                    target.check()
-                    if sigma > 0 and id(target.parameter) not in tied:
-                        tied.add(id(target.parameter))
-                        draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
-                remade = [draw for draw in draws if draw.target.remade]
-                kept = [draw for draw in draws if not draw.target.remade]
-                plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
-            others = set().union(*(window.modules() for window in _open))
-            for _, draws in plans:
-                for draw in draws:
-                    if draw.target.module in others:
-                        raise RuntimeError(
-                            f"{draw.target.path} is already perturbed by another FlatPerturbOptimizer; one weight can have "
-                            "one. Delete the other optimizer, or give the two different modules"
-                        )
-            self._plans = plans
-            try:
-                for name, draws in plans:
-                    self._undo.append(RESTORES[name](draws))
-            except BaseException:
-                self._run_undo()
-                raise
-            self._mark()
+        key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
+        for group, sigma in groups:
+            draws = []
+            for target in group["targets"]:
+                index += 1
+                target.check()
+                if sigma > 0 and target.weight.data_ptr() not in tied:
+                    tied.add(target.weight.data_ptr())
+                    draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
+            remade = [draw for draw in draws if draw.target.remade]
+            kept = [draw for draw in draws if not draw.target.remade]
+            plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
+        others = set().union(*(window.modules() for window in _open))
+        for _, draws in plans:
+            for draw in draws:
+                if draw.target.module in others:
+                    raise RuntimeError(
+                        f"{draw.target.path} is already perturbed by another FlatPerturbOptimizer; one weight can have "
+                        "one. Delete the other optimizer, or give the two different modules"
+                    )
+        self._plans = plans
+        try:
+            for name, draws in plans:
+                self._undo.append(RESTORES[name](draws))
+        except BaseException:
+            self._run_undo()
+            raise
+        self._mark()
         self.was_suspended.clear()
         self.is_open = True
         _open.add(self)
 
-    @torch.no_grad()
+    @_writing()
     def close(self) -> None:
         """Restore W; nothing to do where it is clean."""
         if not self.is_open:
@@ -72,7 +79,8 @@ class Window:
         _open.discard(self)
         try:
             for target, parameter, weight, version in self._seen:
-                if not target.remade and (target.parameter is not parameter or weight._version != version):
+                written = weight._version != version and not target.version_moves
+                if not target.remade and (target.parameter is not parameter or written):
                     raise RuntimeError(
                         f"{target.path} was written to or replaced while it was perturbed, so its clean value is lost. "
                         "Reload the base weights; before changing them, call optimizer.restore()"
@@ -98,11 +106,10 @@ class Window:
         self._run_undo()
         self._mark()
 
-    @torch.no_grad()
+    @_writing()
     def resume(self) -> None:
         self.suspended_by = None
-        with torch.inference_mode(False):
-            self._undo = [RESTORES[name](draws) for name, draws in self._plans]
+        self._undo = [RESTORES[name](draws) for name, draws in self._plans]
         for version in self._versions:
             version.__exit__()
         self._mark()
@@ -110,11 +117,10 @@ class Window:
     def modules(self) -> "set[nn.Module]":
         return {target.module for target, _, _, _ in self._seen}
 
-    @torch.no_grad()
+    @_writing()
     def _run_undo(self) -> None:
-        with torch.inference_mode(False):
-            while self._undo:
-                self._undo.pop()()
+        while self._undo:
+            self._undo.pop()()
         for _, draws in self._plans:
             for draw in draws:
                 draw.target.came_back()
@@ -147,8 +153,8 @@ class Ear:
             if module.training and torch.is_grad_enabled() and not window.is_open:
                 raise RuntimeError(
                     "torch.nn.DataParallel copied the weights to its GPUs before they could be perturbed. Train with "
-                    "DistributedDataParallel (torchrun, accelerate launch), on one GPU (CUDA_VISIBLE_DEVICES=0), or pass the "
-                    "DataParallel module itself as targets"
+                    "DistributedDataParallel (torchrun, accelerate launch), on one GPU (CUDA_VISIBLE_DEVICES=0), or pass "
+                    "the DataParallel module itself as targets"
                 )
             return
         window.running.add(module)

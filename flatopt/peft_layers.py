@@ -53,7 +53,12 @@ def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str,
             f"{path} is a grouped convolution with DoRA, for which PEFT takes the norm of another matrix than it applies. "
             "Use LoRA there, or leave it out: pass the other layers as [{'modules': [...]}]"
         )
-    yield base, name, "experts" if experts else "columns" if getattr(layer, "fan_in_fan_out", False) else "rows"
+    yield base, name, "experts" if experts else "columns" if transposed(layer) else "rows"
+
+
+def transposed(layer: nn.Module) -> bool:
+    """Whether the weight is (in, out), as transformers' Conv1D. Embeddings get the flag too, where a model has both."""
+    return getattr(layer, "fan_in_fan_out", False) and not isinstance(layer.get_base_layer(), nn.Embedding)
 
 
 def remade(layer: nn.Module) -> "list[nn.Module]":
@@ -80,7 +85,7 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
     if not dense:
         return Delta()
     total = sum(dense[1:], dense[0]).reshape(weight.shape)
-    if getattr(layer, "fan_in_fan_out", False):
+    if transposed(layer):
         total = total.t()
     return Delta(dense=total.flatten(1))
 
@@ -115,7 +120,7 @@ def _lora(layer: nn.Module, name: str, weight: Tensor):
         B = torch.block_diag(*B.flatten(1).chunk(groups))
     A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight[0].numel()
-    if getattr(layer, "fan_in_fan_out", False):
+    if transposed(layer):
         rows, fan_in = fan_in, rows
     fits = B.shape[0] == rows and A.shape[1] == fan_in and B.shape[1] == A.shape[0]
     variant = getattr(layer, "lora_variant", {}).get(name)
@@ -136,7 +141,7 @@ def _with_dora(layer: nn.Module, adapters: "list[str]", factors: list, weight: T
         return Delta(factors=tuple(factors), row_norm=magnitude[adapters[0]].weight.flatten())
     from .scale import row_square_sums
 
-    rows = weight.flatten(1) if not getattr(layer, "fan_in_fan_out", False) else weight.t()
+    rows = weight.flatten(1) if not transposed(layer) else weight.t()
     alpha = torch.ones(rows.shape[0], device=weight.device)
     terms = []
     for name, is_dora, (B, A, s) in zip(adapters, dora, factors):

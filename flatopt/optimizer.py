@@ -183,9 +183,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 finally:
                     self.restore()
 
+            self._window.one_scale = True
             try:
                 loss = self.optimizer.step(evaluate)
             finally:
+                self._window.one_scale = False
                 self.restore()
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False

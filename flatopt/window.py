@@ -26,6 +26,8 @@ class Window:
     def __init__(self):
         self.is_open = False
         self.held = False  # inside ``with perturbed()``: forwards do not toggle
+        self.one_scale = False  # inside ``step(closure)``: the adapter moves between evaluations, the noise must not
+        self._std = {}  # key of a draw -> its std when it was last made
         self.suspended_by: nn.Module | None = None
         self.running = weakref.WeakSet()  # modules whose forward is under way
         self.was_suspended = weakref.WeakSet()  # modules that ran without gradients in this window
@@ -46,7 +48,9 @@ class Window:
                 target.check()
                 if sigma > 0 and target.weight.data_ptr() not in tied:
                     tied.add(target.weight.data_ptr())
-                    draws.append(Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"]))
+                    draw = Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"])
+                    draw.std = self._std.get(draw.key) if self.one_scale else None
+                    draws.append(draw)
             remade = [draw for draw in draws if draw.target.remade]
             kept = [draw for draw in draws if not draw.target.remade]
             plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
@@ -66,6 +70,7 @@ class Window:
             self._run_undo()
             raise
         self._mark()
+        self._std = {draw.key: draw.std for _, draws in plans for draw in draws}
         self.was_suspended.clear()
         self.is_open = True
         _open.add(self)

@@ -75,7 +75,7 @@ class SAM(OptimizerWrapper):
         scaler.step(optimizer)
         scaler.update()
 
-    FSDP1 and DeepSpeed keep flat shards that do not tell of the other ranks: not supported. FSDP2 is, for ``"adapter"``.
+    FSDP2 works in both spaces; FSDP1 and DeepSpeed, whose flat shards do not tell of the other ranks, are not supported.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class SAM(OptimizerWrapper):
         if space == "full" and targets is None:
             raise ValueError("space='full' perturbs the frozen base weights of targets: pass targets=model")
         self.rho, self.space, self.adaptive, self.shared = rho, space, adaptive, shared
-        self._targets = []
+        self._targets, self._roots = [], []
         if space == "full":
-            groups, _ = read_groups(targets, {})
+            groups, self._roots = read_groups(targets, {})
             self._targets = [target for group in groups for target in group["targets"]]
             self._check_targets()
         self._ready = self._warned = False
@@ -183,6 +183,7 @@ class SAM(OptimizerWrapper):
 
     def _perturbed_parameters(self) -> "list[Tensor]":
         if self.space == "full":
+            _reshard(self._roots)
             self._check_targets()
             parameters = [target.parameter for target in self._targets]
         else:
@@ -226,13 +227,13 @@ class SAM(OptimizerWrapper):
         reasons = "the closure did not call backward(), or trains other parameters than this optimizer's"
         if self.space == "full":
             reasons = (
-                "the closure did not call backward(); or the frozen weights cannot get one: FSDP fixes at the first forward "
-                "which weights do (use space='adapter'), or the module detaches them"
+                "the closure did not call backward(), or the module detaches its frozen weights (then only space='adapter' "
+                "can work)"
             )
         warnings.warn(f"SAM found no gradient on any weight it should perturb, so w stays put: {reasons}.", stacklevel=5)
 
     def __getstate__(self) -> "dict[str, Any]":
-        names = ("optimizer", "rho", "space", "adaptive", "shared", "_targets", "_ready", "_warned")
+        names = ("optimizer", "rho", "space", "adaptive", "shared", "_targets", "_roots", "_ready", "_warned")
         return {name: self.__dict__[name] for name in names}
 
     def __repr__(self) -> str:
@@ -243,6 +244,13 @@ class SAM(OptimizerWrapper):
 def _check_rho(rho: float) -> None:
     if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
+
+
+def _reshard(roots: "list[nn.Module]") -> None:
+    """FSDP2 leaves weights unsharded after an evaluation; then what is set on them is lost, and no gradient asked for."""
+    for module in (module for root in roots for module in root.modules()):
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.reshard()
 
 
 @contextmanager

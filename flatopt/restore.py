@@ -4,6 +4,7 @@ Each is a function of the draws that perturbs the weights in place and returns t
 way, or one for quantised weights, is another such function.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,10 +28,24 @@ class Draw:
     std: Tensor | None = None
 
 
+@functools.cache
+def _kernels():
+    try:
+        from . import kernels
+    except ImportError:  # no Triton
+        return None
+    return kernels
+
+
 def reversible_(draws: "list[Draw]") -> Callable[[], None]:
-    fill_std(draws)
-    toggles = []
+    kernels = _kernels() if any(draw.rows.is_cuda for draw in draws) else None
+    fused, others = [], []
     for draw in draws:
+        (fused if kernels is not None and kernels.takes(draw) else others).append(draw)
+    if others or draws[0].noise != "filter":
+        fill_std(draws)
+    toggles = [kernels.fuse(fused)] if fused else []
+    for draw in others:
         if draw.noise == "element":
             toggles.append(lambda d=draw: reversible.toggle_elements_(d.rows, d.sigma, d.key))
         else:

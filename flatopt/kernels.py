@@ -1,0 +1,461 @@
+r"""The reversible map of :mod:`flatopt.reversible` on CUDA: row norms, noise, map and write in one launch for all layers.
+
+Bound by memory and, nearly as much, by instructions: at 4.3 TB/s an H200 has 35 issue slots for each bf16 weight that is
+read and written. So two columns share one thread, one hash and one Box-Muller, functions are the hardware's own
+approximations, and a floor is an addition that rounds down.
+
+A program owns ``ROWS`` rows of one layer. To perturb, it first streams over them for
+:math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,B_i\cdot(WA^\top)_i + s^2 B_i(AA^\top)B_i^\top` (tensor cores;
+:math:`\lVert w\rVert^2` is cached, as W is frozen) and keeps the std, 4 bytes a row; then again, from L2, to draw, map and
+write. To restore it reads the std back and applies the same map. Which program, thread or launch meets an element changes
+nothing: its noise follows from (step, target, row, column).
+
+Same noise as the reference up to the last bits of the functions; where w/a is an integer but for rounding, the two may
+count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both
+toggles do the same arithmetic: no contraction is left to the compiler.
+"""
+
+# ruff: noqa: SIM102, SIM300 (Triton's compile-time branches; DTYPE is no constant to ruff's taste)
+import array
+import contextlib
+import functools
+import math
+import os
+import struct
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import noise
+from .reversible import GRID_BITS, _delta_table
+from .scale import fill_std
+
+MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
+TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
+ROWS, PAIRS, DEPTH, WARPS = 16, 64, 256, 4
+SPAN = 1 << 15  # pairs of columns a program takes where it need not see whole rows
+APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
+
+# The table of layers: one int64 row each, of these fields.
+FIELDS = tl.constexpr(19)
+WEIGHT, SHAPE, STRIDE, STDS, SUMS = (tl.constexpr(i) for i in (0, 1, 3, 5, 6))
+RANK_OF, A_AT, B_AT, SCRATCH, SCALING, KEY, LENGTH = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16, 18))
+
+
+# --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
+
+
+@triton.jit
+def _asm(text: tl.constexpr, x):
+    return tl.inline_asm_elementwise(text, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x, APPROX: tl.constexpr):
+    return _asm("lg2.approx.ftz.f32 $0, $1;", x) if APPROX else tl.log2(x)
+
+
+@triton.jit
+def _sqrt(x, APPROX: tl.constexpr):
+    return _asm("sqrt.approx.ftz.f32 $0, $1;", x) if APPROX else tl.sqrt(x)
+
+
+@triton.jit
+def _cos(x, APPROX: tl.constexpr):
+    return _asm("cos.approx.ftz.f32 $0, $1;", x) if APPROX else tl.cos(x)
+
+
+@triton.jit
+def _sin(x, APPROX: tl.constexpr):
+    return _asm("sin.approx.ftz.f32 $0, $1;", x) if APPROX else tl.sin(x)
+
+
+@triton.jit
+def _reciprocal(x, APPROX: tl.constexpr):
+    return _asm("rcp.approx.ftz.f32 $0, $1;", x) if APPROX else 1.0 / x
+
+
+@triton.jit
+def _floor_shifted(x, APPROX: tl.constexpr):
+    """2^23 + floor(x): the sum has no room for a fraction."""
+    return _asm("add.rm.f32 $0, $1, 0f4B000000;", x) if APPROX else tl.floor(x) + 8388608.0
+
+
+@triton.jit
+def _odd(w, inverse, APPROX: tl.constexpr):
+    """The parity of floor(w * inverse) as a sign bit; some fixed bit where that exceeds 2^22."""
+    if APPROX:
+        floor = tl.inline_asm_elementwise(
+            "fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [w, inverse], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        floor = tl.floor(w * inverse) + 12582912.0
+    return floor.to(tl.int32, bitcast=True) << 31
+
+
+@triton.jit
+def _dot(x, y, total, APPROX: tl.constexpr):
+    if not APPROX:  # Triton's interpreter cannot multiply bfloat16
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, total)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * MUL1
+    x = (x ^ (x >> 15)) * MUL2
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _normals(pair, first, second, APPROX: tl.constexpr):
+    """(radius, cosine, sine) of the pair's two normals."""
+    x = pair.to(tl.uint32) * GOLDEN + first
+    x = (x ^ (x >> 16)) * MUL1 + second
+    x = (x ^ (x >> 15)) * MUL2
+    x = x ^ (x >> 15)
+    # 16 bits at the top of a mantissa are a number in [1, 2): no conversion from integers, which is slow
+    u = (((x >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True) - (1.0 - 1.0 / 131072)
+    v = (((x << 7) & 0x7FFF80) ^ 0x3FC00000).to(tl.float32, bitcast=True)
+    angle = tl.fma(v, TWO_PI, (1.0 / 131072 - 1.5) * TWO_PI)
+    return _sqrt(_log2(u, APPROX) * MINUS_TWO_LN_2, APPROX), _cos(angle, APPROX), _sin(angle, APPROX)
+
+
+@triton.jit
+def _grid(std, below, DTYPE: tl.constexpr, table):
+    """rho, delta and step of :func:`flatopt.reversible.grid`; ``below``: log2 of rms over step, plus log2 sigma."""
+    lowest: tl.constexpr = 103 if DTYPE == tl.float16 else 1
+    exponent = tl.maximum(((std.to(tl.int32, bitcast=True) >> 23) & 0xFF) - below, lowest)
+    step = (exponent << 23).to(tl.float32, bitcast=True)
+    rho = std * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    at = tl.minimum(tl.log2(tl.maximum(rho, 1.0 / 256)) * 16.0 + 128.0, 223.999)
+    left = at.to(tl.int32)
+    low = tl.load(table + left)
+    delta = tl.fma(tl.load(table + left + 1) - low, at - left.to(tl.float32), low)
+    return rho, tl.where(rho < 1.0 / 256, float("-inf"), delta), step
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unpack(word, DTYPE: tl.constexpr):
+    """A word's low and high element, as float32."""
+    if DTYPE == tl.float32:
+        return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _join(low, high, DTYPE: tl.constexpr):
+    """A word of two integers as wide as an element."""
+    if DTYPE == tl.float32:
+        return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
+    else:
+        return low.to(tl.uint16, bitcast=True).to(tl.int32) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _round(low, high, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    if DTYPE == tl.float32:
+        return _join(low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True), DTYPE)
+    elif APPROX:
+        text: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if DTYPE == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(text, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return _join(low.to(DTYPE).to(tl.int16, bitcast=True), high.to(DTYPE).to(tl.int16, bitcast=True), DTYPE)
+
+
+@triton.jit
+def _where_equal(x, y, yes, no, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """Element by element ``yes`` where ``x`` and ``y`` have the same bits, else ``no``."""
+    if APPROX and DTYPE != tl.float32:
+        # the carry of (d & 7fff) + 7fff sets the top bit of every half of d = x ^ y that is not 0; prmt spreads it
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t;
+            lop3.b32 t, $1, $2, 0x7fff7fff, 0x28; add.u32 t, t, 0x7fff7fff; lop3.b32 t, t, $1, $2, 0xF6;
+            prmt.b32 t, t, t, 0xBB99; lop3.b32 $0, t, $4, $3, 0xCA; }""",
+            "=r,r,r,r,r", [x, y, yes, no], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    LOW: tl.constexpr = 0xFFFFFFFF if DTYPE == tl.float32 else 0xFFFF
+    d = x ^ y
+    take = tl.where((d & LOW) == 0, LOW, 0).to(x.dtype) | tl.where((d & ~LOW) == 0, ~LOW, 0).to(x.dtype)
+    return (yes & take) | (no & ~take)
+
+
+@triton.jit
+def _block(radius, direction, rho, delta, step, APPROX: tl.constexpr):
+    """The length of an element's blocks: inverted, and with the sign of the noise."""
+    blocks = tl.maximum(_floor_shifted(tl.fma(radius * tl.abs(direction), rho, delta), APPROX), 8388608.0)
+    a = tl.fma(blocks, step, -8388608.0 * step)
+    signed = a.to(tl.int32, bitcast=True) | (direction.to(tl.int32, bitcast=True) & -0x80000000)
+    return _reciprocal(a, APPROX), signed
+
+
+@triton.jit
+def _flip(w, inverse, signed, APPROX: tl.constexpr):
+    return w + (signed ^ _odd(w, inverse, APPROX)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _map(word, radius, cosine, sine, rho, delta, step, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """f of the two neighbours in a word."""
+    inverse0, signed0 = _block(radius, cosine, rho, delta, step, APPROX)
+    inverse1, signed1 = _block(radius, sine, rho, delta, step, APPROX)
+    even, odd = _unpack(word, DTYPE)
+    moved = _round(_flip(even, inverse0, signed0, APPROX), _flip(odd, inverse1, signed1, APPROX), DTYPE, APPROX)
+    even, odd = _unpack(moved, DTYPE)
+    back = _round(_flip(even, inverse0, signed0, APPROX), _flip(odd, inverse1, signed1, APPROX), DTYPE, APPROX)
+    return _where_equal(back, word, moved, word, DTYPE, APPROX)
+
+
+# --- the launches -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _prepare(
+    layers, scratch, grams,
+    DTYPE: tl.constexpr, A_DTYPE: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
+    APPROX: tl.constexpr,
+):  # fmt: skip
+    """A layer's A in W's dtype, rows contiguous, for the tensor cores; and AA^T."""
+    layer = layers + tl.program_id(0) * FIELDS
+    n, r = tl.load(layer + SHAPE + 1), tl.load(layer + RANK_OF)
+    k = tl.arange(0, RANK)[:, None]
+    source = tl.load(layer + A_AT).to(tl.pointer_type(A_DTYPE)) + k.to(tl.int64) * tl.load(layer + A_AT + 1)
+    target = scratch + tl.load(layer + SCRATCH) + k * n
+    gram = tl.zeros([RANK, RANK], tl.float32)
+    for start in range(0, tl.where(r > 0, n, 0), DEPTH):
+        j = start + tl.arange(0, DEPTH)[None, :]
+        here = (k < r) & (j < n)
+        a = tl.load(source + j * tl.load(layer + A_AT + 2), mask=here, other=0.0).to(DTYPE)
+        tl.store(target + j, a, mask=here)
+        gram = _dot(a, tl.trans(a), gram, APPROX)
+    tl.store(grams + tl.program_id(0) * RANK * RANK + k * RANK + tl.arange(0, RANK)[None, :], gram)
+
+
+@triton.jit
+def _merged_square_sums(
+    layer, W, A, gram, row, inside, n, row_stride, column_stride, PACKED: tl.constexpr, B_DTYPE: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """Per row ||w + sBA||^2."""
+    r = tl.load(layer + RANK_OF)
+    k = tl.arange(0, RANK)
+    cross = tl.zeros([ROWS, RANK], tl.float32)
+    W += row.to(tl.int64)[:, None] * row_stride
+    A += k[:, None] * n
+    for start in range(0, tl.where(r > 0, n, 0), DEPTH):
+        j = start + tl.arange(0, DEPTH)
+        w_at = W + (j if PACKED else j * column_stride)[None, :]
+        w = tl.load(w_at, mask=inside[:, None] & (j < n)[None, :], other=0.0)
+        a = tl.load(A + j[None, :], mask=(k < r)[:, None] & (j < n)[None, :], other=0.0)
+        cross = _dot(w, tl.trans(a), cross, APPROX)
+    b_at = (
+        tl.load(layer + B_AT).to(tl.pointer_type(B_DTYPE))
+        + row[:, None] * tl.load(layer + B_AT + 1)
+        + k[None, :] * tl.load(layer + B_AT + 2)
+    )
+    b = tl.load(b_at, mask=inside[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
+    b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
+    own = tl.load(tl.load(layer + SUMS).to(tl.pointer_type(tl.float32)) + row, mask=inside, other=0.0)
+    gram = tl.load(gram + k[:, None] * RANK + k[None, :])
+    return tl.maximum(own + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1), 0.0)
+
+
+@triton.jit(do_not_specialize=["below"])
+def _toggle(
+    layers, tiles, stds, table, scratch, grams, sigma, below,
+    NORMS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    number = tl.load(tile)
+    layer = layers + number * FIELDS
+    row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    left = tl.load(tile + 2)
+    inside = row < tl.load(layer + SHAPE)
+    n, row_stride, column_stride = tl.load(layer + SHAPE + 1), tl.load(layer + STRIDE), tl.load(layer + STRIDE + 1)
+    if PACKED:
+        n, row_stride = tl.multiple_of(n, 8), tl.multiple_of(row_stride, 8)
+    stds += tl.load(layer + STDS) + row
+
+    if NORMS:
+        if tl.load(layer + SUMS) != 0:
+            W = tl.load(layer + WEIGHT).to(tl.pointer_type(DTYPE))
+            if PACKED:
+                W = tl.multiple_of(W, 16)
+            A, gram = scratch + tl.multiple_of(tl.load(layer + SCRATCH), 8), grams + number * RANK * RANK
+            total = _merged_square_sums(
+                layer, W, A, gram, row, inside, n, row_stride, column_stride, PACKED, B_DTYPE,
+                RANK, ROWS, DEPTH, APPROX,
+            )  # fmt: skip
+            tl.store(stds, tl.sqrt_rn(total / n.to(tl.float32)) * sigma, mask=inside)
+            tl.debug_barrier()  # read back below, so that both toggles start from the same bits
+    std = tl.load(stds, mask=inside, other=0.0)
+
+    rho, delta, step = _grid(std, below, DTYPE, table)
+    rho, delta, step = rho[:, None], delta[:, None], step[:, None]
+    first = _mix(row.to(tl.uint32) * GOLDEN + tl.load(layer + KEY).to(tl.uint32))
+    first, second = first[:, None], _mix(first ^ tl.load(layer + KEY + 1).to(tl.uint32))[:, None]
+
+    right = tl.minimum(left + tl.load(layer + LENGTH).to(tl.int32), (n // 2 + n % 2).to(tl.int32))
+    if PACKED:
+        left, right = tl.multiple_of(left, 4), tl.multiple_of(right, 2 if DTYPE == tl.float32 else 4)
+        WORD: tl.constexpr = tl.int64 if DTYPE == tl.float32 else tl.int32
+        at = tl.multiple_of(tl.load(layer + WEIGHT).to(tl.pointer_type(WORD)), 16) + row[:, None] * (row_stride // 2)
+    else:
+        ELEMENT: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+        at = tl.load(layer + WEIGHT).to(tl.pointer_type(ELEMENT)) + row[:, None] * row_stride
+    for start in range(left, right, PAIRS):
+        pair = start + tl.arange(0, PAIRS)[None, :]
+        here = inside[:, None] & (pair < right)
+        radius, cosine, sine = _normals(pair, first, second, APPROX)
+        if PACKED:
+            word = tl.load(at + pair, mask=here, other=0)
+            tl.store(at + pair, _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX), mask=here)
+        else:
+            even = at + 2 * pair.to(tl.int64) * column_stride
+            odd, both = even + column_stride, here & (2 * pair.to(tl.int64) + 1 < n)
+            word = _join(tl.load(even, mask=here, other=0), tl.load(odd, mask=both, other=0), DTYPE)
+            word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
+            tl.store(even, word.to(ELEMENT), mask=here)
+            tl.store(odd, (word >> ELEMENT.primitive_bitwidth).to(ELEMENT), mask=both)
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def takes(draw) -> bool:
+    """Whether the kernel can toggle this weight; the rest goes the reference's way."""
+    return draw.rows.is_cuda and draw.rows.dtype in DTYPES and draw.noise != "element"
+
+
+def fuse(draws: list) -> Callable[[], None]:
+    """What toggles the weights of ``draws``, all :func:`taken <takes>`, in place; the first call finds the std.
+
+    Sets ``draw.std`` where it is not set. One launch (and at first a small one to prepare it) for all layers alike in
+    device, dtypes and alignment; nothing waits for the GPU.
+    """
+    norms = draws[0].std is None and draws[0].noise == "filter"
+    deltas = [_factors(draw) if norms else None for draw in draws]
+    given = [draw for draw, factors in zip(draws, deltas) if factors is None]
+    if given:
+        fill_std(given)
+    launches = {}
+    for draw, factors in zip(draws, deltas):
+        launches.setdefault(_kind(draw, factors), []).append((draw, factors))
+    toggles = [_toggler(*kind, members) for kind, members in launches.items()]
+
+    def toggle() -> None:
+        for each in toggles:
+            each()
+
+    return toggle
+
+
+def _factors(draw) -> "tuple | None":
+    """(B, A, scaling, square sums of W), or None if the std does not follow from one pair of factors."""
+    delta = draw.target.delta()
+    if delta.dense is not None or delta.row_norm is not None or delta.alpha is not None or len(delta.factors) > 1:
+        return None
+    if not delta.factors:
+        return None, None, 0.0, draw.target.square_sums(draw.rows)
+    B, A, scaling = delta.factors[0]
+    if isinstance(scaling, Tensor) or A.device != draw.rows.device or A.dtype not in DTYPES or B.dtype not in DTYPES:
+        return None
+    return B, A, scaling, draw.target.square_sums(draw.rows)
+
+
+def _kind(draw, factors: "tuple | None") -> tuple:
+    rows = draw.rows
+    (_, n), (down, right) = rows.shape, rows.stride()
+    packed = right == 1 and (n | down) % 8 == 0 and rows.data_ptr() % 16 == 0
+    if factors is None or factors[1] is None:
+        return rows.device, rows.dtype, packed, torch.float32, torch.float32, 16
+    B, A, _, _ = factors
+    return rows.device, rows.dtype, packed, A.dtype, B.dtype, max(16, triton.next_power_of_2(A.shape[0]))
+
+
+def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: list) -> Callable[[], None]:
+    table, shapes, offset, scratch_size = array.array("q"), [], 0, 0
+    for draw, factors in members:
+        rows = draw.rows
+        m, n = rows.shape
+        B, A, scaling, sums = factors or (None, None, 0.0, None)
+        r, length = (A.shape[0], (n + 1) // 2) if A is not None else (0, SPAN)
+        table.extend((rows.data_ptr(), m, n, *rows.stride(), offset, 0 if sums is None else sums.data_ptr(), r))
+        table.extend((A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0))
+        table.extend((scratch_size, *struct.unpack("i", struct.pack("f", scaling)), *draw.key, length))
+        shapes.append((m, n, length))
+        offset, scratch_size = offset + m, scratch_size + (r * n + 7) // 8 * 8
+
+    layers, tiles, deltas = _upload(table, device), _tiles(tuple(shapes), device), _delta_table(device)
+    stds = torch.empty(offset, dtype=torch.float32, device=device)
+    for (draw, factors), std in zip(members, stds.unsqueeze(1).split([m for m, _, _ in shapes])):
+        if factors is None:
+            std.copy_(draw.std.expand_as(std))
+        else:
+            draw.std = std
+    weights, sigma = [draw.rows for draw, _ in members], members[0][0].sigma
+    below = math.frexp(sigma)[1] - 1 + GRID_BITS[dtype]
+
+    depth = max(32, DEPTH * 16 // rank)
+    pending = []  # of the first call
+    if any(factors is not None for _, factors in members):
+        scratch = torch.empty(max(scratch_size, 1), dtype=dtype, device=device)
+        pending.append((scratch, torch.empty(len(members), rank, rank, device=device), members))
+
+    def toggle() -> None:
+        norms = bool(pending)
+        scratch, grams, _ = pending.pop() if norms else (stds, stds, None)
+        with _on(device):
+            if norms:
+                _prepare[(len(weights),)](layers, scratch, grams, DTYPES[dtype], DTYPES[a_dtype], rank, depth, APPROX)
+            _toggle[(len(tiles),)](
+                layers, tiles, stds, deltas, scratch, grams, sigma, below, norms, packed, DTYPES[dtype], DTYPES[b_dtype],
+                rank, ROWS, PAIRS, depth, APPROX, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+        _count_write(weights)
+
+    return toggle
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _upload(table: "array.array[int]", device: torch.device) -> Tensor:
+    host = torch.frombuffer(table, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host  # a plain copy would wait
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles(shapes: "tuple[tuple[int, int, int], ...]", device: torch.device) -> Tensor:
+    """(layer, first row, first pair) of each program: layers of ``(m, n, pairs a program takes)``."""
+    tiles = [
+        torch.cartesian_prod(torch.tensor([layer]), torch.arange(0, m, ROWS), torch.arange(0, (n + 1) // 2, length))
+        for layer, (m, n, length) in enumerate(shapes)
+    ]
+    return torch.cat(tiles).int().to(device)
+
+
+def _count_write(weights: "list[Tensor]") -> None:
+    # a kernel's writes do not move the version counters, by which autograd knows that W changed
+    if torch.__version__ >= (2, 6):
+        torch.autograd.graph.increment_version(weights)
+    else:
+        for weight in weights:
+            torch.autograd.graph.increment_version(weight)

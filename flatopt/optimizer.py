@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Union
 
 import torch
@@ -93,9 +94,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         shared: bool = False,
     ):
         self._wrap(optimizer)
-        if total_steps is not None and (int(total_steps) != total_steps or total_steps < 1):
+        if isinstance(optimizer, FlatPerturbOptimizer):
+            raise TypeError(
+                "optimizer is a FlatPerturbOptimizer already (a notebook cell run twice?). Wrap the bare optimizer; for "
+                "several kinds of noise, pass several target groups to one FlatPerturbOptimizer"
+            )
+        if total_steps is not None and not (_is_whole(total_steps) and total_steps >= 1):
             raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
-        if int(seed) != seed:
+        if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
         self.total_steps, self.shared = total_steps, shared
@@ -266,11 +272,15 @@ def _detach(window: Window, handles: list) -> None:
         handle.remove()
 
 
+def _is_whole(value) -> bool:
+    return isinstance(value, Real) and float(value).is_integer()
+
+
 def _check_group(group: "dict[str, Any]", total_steps: int | None) -> None:
     sigma, schedule = group["sigma"], group["schedule"]
-    if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma >= 0):
+    if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    if not callable(schedule) and schedule not in SCHEDULES:
+    if not callable(schedule) and schedule not in list(SCHEDULES):
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a callable, got {schedule!r}")
     if schedule != "constant" and total_steps is None:
         raise ValueError(
@@ -279,5 +289,5 @@ def _check_group(group: "dict[str, Any]", total_steps: int | None) -> None:
         )
     if group["noise"] not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {group['noise']!r}")
-    if group["restore"] not in RESTORES:
+    if group["restore"] not in list(RESTORES):
         raise ValueError(f"restore must be one of {', '.join(RESTORES)}, got {group['restore']!r}")

@@ -41,7 +41,10 @@ def base_weights(layer: nn.Module, path: str) -> "Iterator[tuple[nn.Module, str,
     if isinstance(base, nn.MultiheadAttention):
         name = "in_proj_weight"
     if not isinstance(getattr(base, name, None), Tensor):
-        raise ValueError(f"{path} has no base weight {name!r} that flatopt can perturb; pass the other layers as groups")
+        raise ValueError(
+            f"{path} has no base weight {name!r} that can be perturbed (GPTQ, AWQ and HQQ layers keep it packed). Load the "
+            "base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+        )
     experts = hasattr(layer, "parameter_name") and getattr(base, name).dim() == 3
     if experts and getattr(base, "is_transposed", False):
         raise ValueError(

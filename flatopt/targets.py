@@ -95,9 +95,10 @@ class Target:
         weight = local(parameter) if isinstance(parameter, Tensor) else parameter
         if not isinstance(weight, Tensor):
             raise ValueError(f"{path} is {type(weight).__name__}, not a tensor: it cannot be perturbed")
-        if hasattr(parameter, "quant_state") or type(parameter).__name__ in ("Int8Params", "Params4bit"):
+        # a subclass of Tensor keeps other bits than it shows: bitsandbytes' Params4bit, torchao's
+        if hasattr(parameter, "quant_state") or type(weight) not in (Tensor, nn.Parameter):
             raise ValueError(
-                f"{path} is quantised ({type(parameter).__name__}): noise would be rounded away or break its format. Load "
+                f"{path} is quantised ({type(weight).__name__}): noise would be rounded away or break its format. Load "
                 "the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
             )
         if weight.dtype not in GRID_BITS:

@@ -15,9 +15,12 @@ made from class names: here it is a linear probe, fitted to the frozen features 
 """
 
 import argparse
+import concurrent.futures
 import copy
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -420,16 +423,50 @@ def arguments(argv: "list[str] | None" = None) -> argparse.Namespace:
     return args
 
 
+_steps = None  # steps done, shared by the worker processes
+
+
+def _start_worker(steps) -> None:
+    global _steps
+    _steps = steps
+    torch.set_num_threads(1)
+
+
+def _advance() -> None:
+    with _steps.get_lock():
+        _steps.value += 1
+
+
+def _work(seed: int, args: argparse.Namespace) -> "dict[str, dict]":
+    return run_seed(seed, args, _advance)
+
+
+def run_all(args: argparse.Namespace, progress: rich.progress.Progress) -> "list[dict[str, dict]]":
+    """:func:`run_seed` of every seed; small models on the CPU leave a core idle, so there each core takes seeds."""
+    bar = progress.add_task("training and testing", total=None)
+    if args.data != "digits" or args.device != "cpu" or args.seeds == 1:
+        return [run_seed(seed, args, lambda: progress.advance(bar)) for seed in range(args.seeds)]
+    per_seed = args.source_steps + 2 * args.epochs * (args.labels // min(args.batch, args.labels))
+    progress.update(bar, total=args.seeds * per_seed)
+    context = multiprocessing.get_context("spawn")
+    steps = context.Value("q", 0)
+    workers = min(os.cpu_count() or 1, args.seeds)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (steps,)) as pool:
+        futures = [pool.submit(_work, seed, args) for seed in range(args.seeds)]
+        while not all(future.done() for future in futures):
+            progress.update(bar, completed=steps.value)
+            time.sleep(0.2)
+        progress.update(bar, completed=steps.value)
+        return [future.result() for future in futures]
+
+
 def main(argv: "list[str] | None" = None) -> None:
     args = arguments(argv)
     console = rich.console.Console()
     start = time.perf_counter()
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    runs = []
     with rich.progress.Progress(*columns, console=console) as progress:
-        for seed in range(args.seeds):
-            bar = progress.add_task(f"seed {seed}", total=None)
-            runs.append(run_seed(seed, args, lambda bar=bar: progress.advance(bar)))
+        runs = run_all(args, progress)
     seconds = time.perf_counter() - start
     summary = summarise(runs)
 
@@ -444,7 +481,7 @@ def main(argv: "list[str] | None" = None) -> None:
         "summary": summary,
         "runs": [{"seed": seed, **run} for seed, run in enumerate(runs)],
         "seconds": seconds,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}",
         "versions": {m.__name__: m.__version__ for m in (flatopt, torch, timm, peft)},
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

@@ -10,7 +10,8 @@ from . import targets as targets_in
 
 
 def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, Any]], list[nn.Module]]":
-    """The groups, each with its list of ``targets`` and the ``defaults`` filled in; and the modules they were found in.
+    """The groups, each with its list of ``targets`` and the ``defaults`` filled in; and the modules whose forward
+    runs them.
 
     A weight belongs to the first group that names it.
 
@@ -33,7 +34,7 @@ def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, An
         if "modules" in given:
             modules = _as_list(given["modules"], nn.Module, "modules", "an nn.Module or an iterable of them")
             found = targets_in.find(modules)
-            roots += modules
+            roots += [root for module in modules for root in _called(module)]
         else:
             found = targets_in.raw(
                 _as_list(given["params"], torch.Tensor, "params", "a frozen parameter or an iterable of them")
@@ -48,6 +49,18 @@ def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, An
             )
         groups.append({"targets": found, **defaults, **{k: v for k, v in given.items() if k in defaults}})
     return groups, list(dict.fromkeys(roots))
+
+
+def _called(module: nn.Module) -> "list[nn.Module]":
+    """The modules that are called when ``module`` is trained: the parts with targets, where nobody calls the whole.
+
+    ModuleList and ModuleDict have no forward; of a LightningModule it is ``training_step`` that is called.
+    """
+    lightning = any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
+    if lightning or (type(module).forward is nn.Module.forward and "forward" not in module.__dict__):
+        parts = [child for child in module.children() if targets_in.find([child])]
+        return [root for part in parts for root in _called(part)] or [module]
+    return [module]
 
 
 def _as_list(value, kind: type, key: str, wanted: str) -> list:

@@ -15,7 +15,7 @@ count w to different blocks and move it to different sides. Restoring is exact b
 toggles do the same arithmetic: no contraction is left to the compiler.
 """
 
-# ruff: noqa: SIM102, SIM300 (Triton's compile-time branches; DTYPE is no constant to ruff's taste)
+# ruff: noqa: SIM300 (Triton's compile-time branches; DTYPE is no constant to ruff's taste)
 import array
 import contextlib
 import functools
@@ -37,14 +37,15 @@ MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.cons
 TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
-ROWS, PAIRS, DEPTH, WARPS = 16, 64, 256, 4
-SPAN = 1 << 15  # pairs of columns a program takes where it need not see whole rows
+ROWS, PAIRS, WARPS = 16, 64, 4
+SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
+NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 16, 256, 4, 4
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 # The table of layers: one int64 row each, of these fields.
-FIELDS = tl.constexpr(19)
+FIELDS = tl.constexpr(18)
 WEIGHT, SHAPE, STRIDE, STDS, SUMS = (tl.constexpr(i) for i in (0, 1, 3, 5, 6))
-RANK_OF, A_AT, B_AT, SCRATCH, SCALING, KEY, LENGTH = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16, 18))
+RANK_OF, A_AT, B_AT, SCRATCH, SCALING, KEY = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16))
 
 
 # --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
@@ -81,9 +82,15 @@ def _reciprocal(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _floor_shifted(x, APPROX: tl.constexpr):
-    """2^23 + floor(x): the sum has no room for a fraction."""
-    return _asm("add.rm.f32 $0, $1, 0f4B000000;", x) if APPROX else tl.floor(x) + 8388608.0
+def _whole(x, factor, offset, APPROX: tl.constexpr):
+    """2 + 2^-22 max(0, floor(x factor + offset)), both given over 2^22: the sum has no room for finer bits."""
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; fma.rn.sat.f32 t, $1, $2, $3; add.rm.f32 $0, t, 0f40000000; }",
+            "=f,f,f,f", [x, factor, offset], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    scaled = tl.maximum(tl.fma(x, factor, offset), 0.0) * 4194304.0
+    return tl.floor(scaled) * (1.0 / 4194304.0) + 2.0
 
 
 @triton.jit
@@ -198,8 +205,7 @@ def _where_equal(x, y, yes, no, DTYPE: tl.constexpr, APPROX: tl.constexpr):
 @triton.jit
 def _block(radius, direction, rho, delta, step, APPROX: tl.constexpr):
     """The length of an element's blocks: inverted, and with the sign of the noise."""
-    blocks = tl.maximum(_floor_shifted(tl.fma(radius * tl.abs(direction), rho, delta), APPROX), 8388608.0)
-    a = tl.fma(blocks, step, -8388608.0 * step)
+    a = tl.fma(_whole(radius * tl.abs(direction), rho, delta, APPROX), step, -2.0 * step)
     signed = a.to(tl.int32, bitcast=True) | (direction.to(tl.int32, bitcast=True) & -0x80000000)
     return _reciprocal(a, APPROX), signed
 
@@ -247,71 +253,69 @@ def _prepare(
 
 
 @triton.jit
-def _merged_square_sums(
-    layer, W, A, gram, row, inside, n, row_stride, column_stride, PACKED: tl.constexpr, B_DTYPE: tl.constexpr,
-    RANK: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
+def _norms(
+    layers, tiles, stds, scratch, grams, sigma,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """Per row ||w + sBA||^2."""
-    r = tl.load(layer + RANK_OF)
+    """Of every row the std: sigma ||w + sBA|| / sqrt(n)."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    number = tl.load(tile)
+    layer = layers + number * FIELDS
+    sums = tl.load(layer + SUMS)
+    if sums == 0:  # was given
+        return
+    row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < tl.load(layer + SHAPE)
+    n, r = tl.load(layer + SHAPE + 1), tl.load(layer + RANK_OF)
+    row_stride, column_stride = tl.load(layer + STRIDE), tl.load(layer + STRIDE + 1)
+    W = tl.load(layer + WEIGHT).to(tl.pointer_type(DTYPE))
+    A = scratch + tl.multiple_of(tl.load(layer + SCRATCH), 8)
+    if PACKED:
+        W, n, row_stride = tl.multiple_of(W, 16), tl.multiple_of(n, 8), tl.multiple_of(row_stride, 8)
     k = tl.arange(0, RANK)
-    cross = tl.zeros([ROWS, RANK], tl.float32)
-    W += row.to(tl.int64)[:, None] * row_stride
+    W += row[:, None] * row_stride
     A += k[:, None] * n
+    cross = tl.zeros([ROWS, RANK], tl.float32)
     for start in range(0, tl.where(r > 0, n, 0), DEPTH):
         j = start + tl.arange(0, DEPTH)
         w_at = W + (j if PACKED else j * column_stride)[None, :]
         w = tl.load(w_at, mask=inside[:, None] & (j < n)[None, :], other=0.0)
         a = tl.load(A + j[None, :], mask=(k < r)[:, None] & (j < n)[None, :], other=0.0)
         cross = _dot(w, tl.trans(a), cross, APPROX)
-    b_at = (
-        tl.load(layer + B_AT).to(tl.pointer_type(B_DTYPE))
-        + row[:, None] * tl.load(layer + B_AT + 1)
-        + k[None, :] * tl.load(layer + B_AT + 2)
-    )
+
+    b_stride, b_step = tl.load(layer + B_AT + 1), tl.load(layer + B_AT + 2)
+    b_at = tl.load(layer + B_AT).to(tl.pointer_type(B_DTYPE)) + row[:, None] * b_stride + k[None, :] * b_step
     b = tl.load(b_at, mask=inside[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
     b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
-    own = tl.load(tl.load(layer + SUMS).to(tl.pointer_type(tl.float32)) + row, mask=inside, other=0.0)
-    gram = tl.load(gram + k[:, None] * RANK + k[None, :])
-    return tl.maximum(own + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1), 0.0)
+    gram = tl.load(grams + number * RANK * RANK + k[:, None] * RANK + k[None, :])
+    own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=inside, other=0.0)
+    total = own + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1)
+    std = tl.sqrt_rn(tl.maximum(total, 0.0) / n.to(tl.float32)) * sigma
+    tl.store(stds + tl.load(layer + STDS) + row, std, mask=inside)
 
 
 @triton.jit(do_not_specialize=["below"])
 def _toggle(
-    layers, tiles, stds, table, scratch, grams, sigma, below,
-    NORMS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
+    layers, tiles, stds, table, below,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    number = tl.load(tile)
-    layer = layers + number * FIELDS
+    layer = layers + tl.load(tile) * FIELDS
     row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
     left = tl.load(tile + 2)
     inside = row < tl.load(layer + SHAPE)
     n, row_stride, column_stride = tl.load(layer + SHAPE + 1), tl.load(layer + STRIDE), tl.load(layer + STRIDE + 1)
     if PACKED:
         n, row_stride = tl.multiple_of(n, 8), tl.multiple_of(row_stride, 8)
-    stds += tl.load(layer + STDS) + row
-
-    if NORMS:
-        if tl.load(layer + SUMS) != 0:
-            W = tl.load(layer + WEIGHT).to(tl.pointer_type(DTYPE))
-            if PACKED:
-                W = tl.multiple_of(W, 16)
-            A, gram = scratch + tl.multiple_of(tl.load(layer + SCRATCH), 8), grams + number * RANK * RANK
-            total = _merged_square_sums(
-                layer, W, A, gram, row, inside, n, row_stride, column_stride, PACKED, B_DTYPE,
-                RANK, ROWS, DEPTH, APPROX,
-            )  # fmt: skip
-            tl.store(stds, tl.sqrt_rn(total / n.to(tl.float32)) * sigma, mask=inside)
-            tl.debug_barrier()  # read back below, so that both toggles start from the same bits
-    std = tl.load(stds, mask=inside, other=0.0)
+    std = tl.load(stds + tl.load(layer + STDS) + row, mask=inside, other=0.0)
 
     rho, delta, step = _grid(std, below, DTYPE, table)
-    rho, delta, step = rho[:, None], delta[:, None], step[:, None]
+    rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
     first = _mix(row.to(tl.uint32) * GOLDEN + tl.load(layer + KEY).to(tl.uint32))
     first, second = first[:, None], _mix(first ^ tl.load(layer + KEY + 1).to(tl.uint32))[:, None]
 
-    right = tl.minimum(left + tl.load(layer + LENGTH).to(tl.int32), (n // 2 + n % 2).to(tl.int32))
+    right = tl.minimum(left + SPAN, (n // 2 + n % 2).to(tl.int32))
     if PACKED:
         left, right = tl.multiple_of(left, 4), tl.multiple_of(right, 2 if DTYPE == tl.float32 else 4)
         WORD: tl.constexpr = tl.int64 if DTYPE == tl.float32 else tl.int32
@@ -395,16 +399,16 @@ def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: 
         rows = draw.rows
         m, n = rows.shape
         B, A, scaling, sums = factors or (None, None, 0.0, None)
-        r, length = (A.shape[0], (n + 1) // 2) if A is not None else (0, SPAN)
+        r = 0 if A is None else A.shape[0]
         table.extend((rows.data_ptr(), m, n, *rows.stride(), offset, 0 if sums is None else sums.data_ptr(), r))
         table.extend((A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0))
-        table.extend((scratch_size, *struct.unpack("i", struct.pack("f", scaling)), *draw.key, length))
-        shapes.append((m, n, length))
+        table.extend((scratch_size, *struct.unpack("i", struct.pack("f", scaling)), *draw.key))
+        shapes.append((m, n))
         offset, scratch_size = offset + m, scratch_size + (r * n + 7) // 8 * 8
 
-    layers, tiles, deltas = _upload(table, device), _tiles(tuple(shapes), device), _delta_table(device)
+    shapes, layers, deltas = tuple(shapes), _upload(table, device), _delta_table(device)
     stds = torch.empty(offset, dtype=torch.float32, device=device)
-    for (draw, factors), std in zip(members, stds.unsqueeze(1).split([m for m, _, _ in shapes])):
+    for (draw, factors), std in zip(members, stds.unsqueeze(1).split([m for m, _ in shapes])):
         if factors is None:
             std.copy_(draw.std.expand_as(std))
         else:
@@ -412,21 +416,24 @@ def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: 
     weights, sigma = [draw.rows for draw, _ in members], members[0][0].sigma
     below = math.frexp(sigma)[1] - 1 + GRID_BITS[dtype]
 
-    depth = max(32, DEPTH * 16 // rank)
-    pending = []  # of the first call
     if any(factors is not None for _, factors in members):
+        tiles = _tiles(shapes, NORM_ROWS, None, device)
+        depth = max(32, NORM_DEPTH * 16 // rank)
         scratch = torch.empty(max(scratch_size, 1), dtype=dtype, device=device)
-        pending.append((scratch, torch.empty(len(members), rank, rank, device=device), members))
+        grams = torch.empty(len(members), rank, rank, device=device)
+        kinds = packed, DTYPES[dtype], DTYPES[b_dtype], rank, NORM_ROWS, depth, APPROX
+        with _on(device):
+            _prepare[(len(members),)](layers, scratch, grams, DTYPES[dtype], DTYPES[a_dtype], rank, depth, APPROX)
+            _norms[(len(tiles),)](
+                layers, tiles, stds, scratch, grams, sigma, *kinds, num_warps=NORM_WARPS, num_stages=NORM_STAGES
+            )
 
     def toggle() -> None:
-        norms = bool(pending)
-        scratch, grams, _ = pending.pop() if norms else (stds, stds, None)
+        tiles = _tiles(shapes, ROWS, SPAN.value, device)
         with _on(device):
-            if norms:
-                _prepare[(len(weights),)](layers, scratch, grams, DTYPES[dtype], DTYPES[a_dtype], rank, depth, APPROX)
             _toggle[(len(tiles),)](
-                layers, tiles, stds, deltas, scratch, grams, sigma, below, norms, packed, DTYPES[dtype], DTYPES[b_dtype],
-                rank, ROWS, PAIRS, depth, APPROX, num_warps=WARPS, enable_fp_fusion=False,
+                layers, tiles, stds, deltas, below, packed, DTYPES[dtype], ROWS, PAIRS, APPROX,
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         _count_write(weights)
 
@@ -443,11 +450,13 @@ def _upload(table: "array.array[int]", device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _tiles(shapes: "tuple[tuple[int, int, int], ...]", device: torch.device) -> Tensor:
-    """(layer, first row, first pair) of each program: layers of ``(m, n, pairs a program takes)``."""
+def _tiles(shapes: "tuple[tuple[int, int], ...]", rows: int, span: "int | None", device: torch.device) -> Tensor:
+    """(layer, first row, first pair) of each program, for ``rows`` rows by ``span`` pairs each, or by whole rows."""
     tiles = [
-        torch.cartesian_prod(torch.tensor([layer]), torch.arange(0, m, ROWS), torch.arange(0, (n + 1) // 2, length))
-        for layer, (m, n, length) in enumerate(shapes)
+        torch.cartesian_prod(
+            torch.tensor([layer]), torch.arange(0, m, rows), torch.arange(0, (n + 1) // 2 if span else 1, span or 1)
+        )
+        for layer, (m, n) in enumerate(shapes)
     ]
     return torch.cat(tiles).int().to(device)
 

@@ -66,19 +66,19 @@ def row_keys(key: "tuple[int, int]", rows: int, device: torch.device) -> "tuple[
 
 
 @functools.cache
-def _tables(device: torch.device) -> "tuple[Tensor, Tensor, Tensor]":
+def _tables(device: torch.device) -> "tuple[Tensor, Tensor]":
     # Looked up rather than computed: a vectorised and a scalar log may differ in the last bit, and which of the two an
     # element meets depends on chunk and thread counts. The noise must not.
     cell = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
-    angle = 2 * math.pi * cell
-    return tuple(t.float().to(device) for t in (torch.sqrt(-2 * torch.log(cell)), torch.cos(angle), torch.sin(angle)))
+    radius, direction = torch.sqrt(-2 * torch.log(cell)), torch.polar(torch.ones_like(cell), 2 * math.pi * cell)
+    return radius.float().to(device), direction.to(torch.complex64).to(device)
 
 
 def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int) -> Tensor:
     """Standard normals, float32 ``(rows, columns)``, for :func:`row_keys` ``keys``; ``first_column`` must be even."""
     first, second = keys
     device = first.device
-    radius, cosine, sine = _tables(device)
+    radius, direction = _tables(device)
     pair = torch.arange(first_column // 2, (first_column + columns + 1) // 2, dtype=torch.int32, device=device)
     bits = pair.mul_(_signed(GOLDEN)) + first
     scratch = torch.empty_like(bits)
@@ -87,11 +87,7 @@ def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int) -> T
     _xor_shift_(bits, 15, scratch).mul_(_signed(MUL2))
     _xor_shift_(bits, 15, scratch)
 
-    rows, pairs = bits.shape
     high = torch.bitwise_right_shift(bits, 16, out=scratch).bitwise_and_(0xFFFF).view(-1)
     low = bits.bitwise_and_(0xFFFF).view(-1)
-    r = torch.index_select(radius, 0, high).view(rows, pairs)
-    z = torch.empty(rows, pairs, 2, device=device)
-    torch.mul(r, torch.index_select(cosine, 0, low).view(rows, pairs), out=z[..., 0])
-    torch.mul(r, torch.index_select(sine, 0, low).view(rows, pairs), out=z[..., 1])
-    return z.view(rows, 2 * pairs)[:, :columns]
+    z = torch.index_select(direction, 0, low).mul_(torch.index_select(radius, 0, high))
+    return torch.view_as_real(z).view(bits.shape[0], 2 * bits.shape[1])[:, :columns]

@@ -73,11 +73,10 @@ def grid(std: Tensor, sigma: float, dtype: torch.dtype) -> Grid:
     return Grid(rho, torch.where(rho < 2.0**-8, -math.inf, delta), step)
 
 
-def _flip(w: Tensor, a: Tensor, signed: Tensor, dtype: torch.dtype) -> Tensor:
-    """f_0: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks, and round to ``dtype``."""
-    bits = BITS[a.dtype]
-    odd = torch.div(w, a).floor_().to(bits).bitwise_left_shift_(torch.iinfo(bits).bits - 1)  # parity to the sign bit
-    return odd.bitwise_xor_(signed.view(bits)).view(a.dtype).add_(w).to(dtype)
+def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, block: Tensor, out: Tensor) -> None:
+    """f_0: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks, rounded to the type of ``out``."""
+    block.copy_(torch.div(w, a, out=q).floor_()).bitwise_left_shift_(torch.iinfo(block.dtype).bits - 1)
+    out.copy_(block.bitwise_xor_(signed).view(a.dtype).add_(w))  # the parity of the block went to the sign bit
 
 
 def _chunks(rows: int, columns: int):
@@ -87,27 +86,40 @@ def _chunks(rows: int, columns: int):
             yield slice(top, top + tall), slice(left, left + wide)
 
 
-def _keep_reversible_(w: Tensor, moved: Tensor, back: Tensor) -> None:
-    # bits are compared, not values: -0.0 and NaN must come back too
-    bits = BITS[w.dtype]
-    w.copy_(torch.where(back.view(bits).eq(w.contiguous().view(bits)), moved, w))
+def _keep_reversible_(clean: Tensor, moved: Tensor, back: Tensor) -> None:
+    """``moved`` where ``back`` is ``clean``, else ``clean``. Bits are compared: -0.0 and NaN must come back too."""
+    clean, moved, back = (t.view(BITS[t.dtype]) for t in (clean, moved, back))
+    # integer arithmetic, as torch's masks cost several times as much
+    moved.bitwise_xor_(clean).mul_(back.bitwise_xor_(clean).eq_(0)).bitwise_xor_(clean)
 
 
 def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]") -> None:
     """Apply f in place to a 2-D view of a weight. The second call with the same grid and key undoes the first."""
     rows, columns = matrix.shape
-    dtype = matrix.dtype
+    dtype, device = matrix.dtype, matrix.device
     work = torch.promote_types(dtype, torch.float32)
-    keys = noise.row_keys(key, rows, matrix.device)
+    keys = noise.row_keys(key, rows, device)
+    rho, delta, step = (t.expand(rows, 1) for t in grid)
+    size = min(matrix.numel(), CHUNK)
+    # all that a chunk needs, allocated once
+    kinds = (work, work, work, BITS[work], BITS[work], dtype, dtype, dtype)
+    buffers = [torch.empty(size, dtype=kind, device=device) for kind in kinds]
     for here in _chunks(rows, columns):
-        w = matrix[here].to(work)
-        rho, delta, step = (t.expand(rows, 1)[here[0]] for t in grid)
-        z = noise.normals((keys[0][here[0]], keys[1][here[0]]), here[1].start, w.shape[1])
-        a = torch.mul(z, rho).abs_().add_(delta).floor_().clamp_min_(0.0).mul_(step).to(work)
-        signed = torch.copysign(a, z)
-        moved = _flip(w, a, signed, dtype)
-        back = _flip(moved.to(work), a, signed, dtype)
-        _keep_reversible_(matrix[here], moved, back)
+        part = matrix[here]
+        w, a, q, signed, block, clean, moved, back = (b[: part.numel()].view(part.shape) for b in buffers)
+        top = here[0]
+        z = noise.normals((keys[0][top], keys[1][top]), here[1].start, part.shape[1])
+        a.copy_(torch.mul(z, rho[top]).abs_().add_(delta[top]).floor_().clamp_min_(0.0).mul_(step[top]))
+        # copysign(a, z), with z as wide as a
+        signed.copy_(z.to(work).view(signed.dtype)).bitwise_and_(torch.iinfo(signed.dtype).min).bitwise_or_(
+            a.view(signed.dtype)
+        )
+        w.copy_(clean.copy_(part))
+        _flip(w, a, signed, q, block, moved)
+        w.copy_(moved)
+        _flip(w, a, signed, q, block, back)
+        _keep_reversible_(clean, moved, back)
+        part.copy_(moved)
 
 
 def _log2(x: Tensor) -> Tensor:
@@ -134,9 +146,11 @@ def toggle_elements_(matrix: Tensor, sigma: float, key: "tuple[int, int]") -> No
         return torch.where(odd.logical_xor_(down), w / ratio, w * ratio).to(dtype)
 
     for here in _chunks(rows, columns):
-        w = matrix[here].to(work)
+        clean = matrix[here].contiguous()
+        w = clean.to(work)
         z = noise.normals((keys[0][here[0]], keys[1][here[0]]), here[1].start, w.shape[1])
         ratio = torch.mul(z, rho).abs_().add_(delta).floor_().clamp_min_(0.0).mul_(step).add_(1).to(work)
         moved = flip(w, ratio, z < 0)
         back = flip(moved.to(work), ratio, z < 0)
-        _keep_reversible_(matrix[here], moved, back)
+        _keep_reversible_(clean, moved, back)
+        matrix[here].copy_(moved)

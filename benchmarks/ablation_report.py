@@ -1,0 +1,191 @@
+"""Tables and pictures from the results of ``ablation.py``: paired differences, 95 % t-intervals, Holm over each table."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from ablation import pairs
+from scipy import stats
+
+LEVEL = 0.95
+COLUMNS = {  # title -> what is taken from a run's metrics, decimals
+    "accuracy, %": (lambda m: m["test_accuracy"], 2),
+    "corrupted, %": (lambda m: float(np.mean(m["corrupted_accuracy"])), 2),
+    "out of domain, %": (lambda m: m["ood_accuracy"], 2),
+    "test loss": (lambda m: m["test_loss"], 3),
+    "train loss": (lambda m: m["train_loss"], 3),
+}
+
+
+def paired(differences: np.ndarray) -> "tuple[float, float, float]":
+    """Mean, half-width of its 95 % t-interval, and the two-sided p-value of the paired t-test, over the last axis."""
+    n, mean, spread = len(differences), differences.mean(), differences.std(ddof=1)
+    if spread == 0:
+        return mean, 0.0, 1.0 if mean == 0 else 0.0
+    error = spread / math.sqrt(n)
+    return mean, stats.t.ppf((1 + LEVEL) / 2, n - 1) * error, 2 * stats.t.sf(abs(mean) / error, n - 1)
+
+
+def holm(p_values: "list[float]") -> "list[float]":
+    """p-values adjusted for the family-wise error (Holm, Scandinavian Journal of Statistics 1979)."""
+    order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
+    """``(name, metrics by seed, metrics of the reference by seed)`` of the rows of which every seed was run."""
+    found = []
+    for name, config, reference in pairs(study, base, store.tuned) if store.tuned else ():
+        both = [[store.get(c, seed) for seed in range(seeds)] for c in (config, reference)]
+        if None not in both[0] + both[1]:
+            found.append((name, *both))
+    return found
+
+
+def differences(rows, take) -> "list[tuple[float, float, float, float]]":
+    """Per row: mean of the reference, paired difference, its half-width, and the p-value adjusted over the rows."""
+    result = []
+    for _, runs, references in rows:
+        ours, theirs = (np.array([take(m) for m in side]) for side in (runs, references))
+        result.append((theirs.mean(), *paired(ours - theirs)))
+    return [(*r[:3], p) for r, p in zip(result, holm([r[3] for r in result]))]
+
+
+def shown(reference: float, mean: float, half: float, p: float, digits: int) -> str:
+    star = "\\*" if p < 1 - LEVEL else ""
+    return f"{reference:.{digits}f} | {mean:+.{digits}f} ± {half:.{digits}f}{star}"
+
+
+def table(rows) -> str:
+    """A Markdown table: for each quantity the reference's mean and the paired difference from it."""
+    heads = " | ".join(f"{title} of reference | Δ" for title in COLUMNS)
+    lines = [f"| | {heads} |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
+    columns = [[shown(*d, digits) for d in differences(rows, take)] for take, digits in COLUMNS.values()]
+    lines += [f"| {row[0]} | {' | '.join(column[i] for column in columns)} |" for i, row in enumerate(rows)]
+    return "\n".join(lines)
+
+
+def pristine_table(rows) -> str:
+    """What restoring did to W, and what the adapter loses when it is served on the W it was meant for."""
+    lines = [
+        "| restore | weights changed, % | relative drift, % | accuracy on its own W, % | Δ on the pristine W | Δ loss |"
+    ]
+    lines.append("|---" * 6 + "|")
+    for name, runs, _ in rows:
+        of = {key: np.array([m[key] for m in runs]) for key in runs[0] if not isinstance(runs[0][key], list)}
+        accuracy = paired(of["pristine_accuracy"] - of["test_accuracy"])
+        loss = paired(of["pristine_loss"] - of["test_loss"])
+        lines.append(
+            f"| {name} | {of['weights_changed'].mean():.1f} | {of['drift'].mean():.3f} | {of['test_accuracy'].mean():.2f} "
+            f"| {accuracy[0]:+.2f} ± {accuracy[1]:.2f} | {loss[0]:+.4f} ± {loss[1]:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def cost_table(rows) -> str:
+    """Time and peak memory of the runs themselves. Workers share the machine: compare rows, not with other benchmarks."""
+    lines = ["| | ms a step | × plain | peak memory, MB | plain, MB |", "|---" * 5 + "|"]
+    for name, runs, references in rows:
+        of = {k: [float(np.median([m[k] for m in side])) for side in (runs, references)] for k in ("ms_a_step", "peak_mb")}
+        (ours, plain), (peak, plain_peak) = of["ms_a_step"], of["peak_mb"]
+        lines.append(f"| {name} | {ours:.1f} | {ours / plain:.2f} | {peak:.0f} | {plain_peak:.0f} |")
+    return "\n".join(lines)
+
+
+def severity_table(rows) -> str:
+    lines = ["| severity | plain, % | flat, % | Δ |", "|---" * 4 + "|"]
+    levels = len(rows[0][1][0]["corrupted_accuracy"])
+    takes = [lambda m: m["test_accuracy"], *(lambda m, i=i: m["corrupted_accuracy"][i] for i in range(levels))]
+    every = [differences(rows, take)[0] for take in takes]
+    for level, (entry, p) in enumerate(zip(every, holm([e[3] for e in every]))):
+        plain, mean, half, _ = entry
+        star = "\\*" if p < 1 - LEVEL else ""
+        lines.append(f"| {level or 'clean'} | {plain:.2f} | {plain + mean:.2f} | {mean:+.2f} ± {half:.2f}{star} |")
+    return "\n".join(lines)
+
+
+def differences_picture(path: Path, title: str, by_task: dict) -> None:
+    """Δ accuracy, clean and corrupted, with intervals; a panel a task."""
+    from matplotlib.figure import Figure
+
+    rows = max(len(r) for r in by_task.values())
+    figure = Figure(figsize=(5 * len(by_task), 1.4 + 0.32 * rows), layout="constrained")
+    for axes, (task, rows) in zip(figure.subplots(1, len(by_task), squeeze=False)[0], by_task.items()):
+        y = np.arange(len(rows))[::-1]
+        for shift, name, colour in ((0.13, "accuracy, %", "C0"), (-0.13, "corrupted, %", "C1")):
+            _, mean, half, _ = zip(*differences(rows, COLUMNS[name][0]))
+            axes.errorbar(mean, y + shift, xerr=half, fmt="o", ms=4, capsize=2, color=colour, label=name)
+        axes.axvline(0, color="0.6", lw=1, zorder=0)
+        axes.set_yticks(y, [row[0] for row in rows])
+        axes.set(title=task, xlabel="difference from the reference, points")
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def severity_picture(path: Path, title: str, by_task: dict) -> None:
+    """Accuracy by severity, plain and flat, and their paired difference below; a column a task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(by_task), 5), layout="constrained")
+    axes = figure.subplots(2, len(by_task), squeeze=False, sharex=True)
+    for column, (task, rows) in enumerate(by_task.items()):
+        top, bottom = axes[0][column], axes[1][column]
+        levels = range(1 + len(rows[0][1][0]["corrupted_accuracy"]))
+        per_level = [[[m["test_accuracy"], *m["corrupted_accuracy"]] for m in side] for side in rows[0][1:]]
+        for label, values in zip(("flat", "plain"), per_level):
+            top.plot(levels, np.mean(values, axis=0), "o-", ms=4, label=label)
+        gaps = np.array(per_level[0]) - np.array(per_level[1])
+        mean, half, _ = zip(*(paired(gaps[:, i]) for i in levels))
+        bottom.errorbar(levels, mean, yerr=half, fmt="o-", ms=4, capsize=2, color="C2")
+        bottom.axhline(0, color="0.6", lw=1, zorder=0)
+        top.set(title=task, ylabel="accuracy, %")
+        bottom.set(xlabel="severity", ylabel="flat - plain, points", xticks=levels)
+        bottom.set_xticklabels(["clean", *levels[1:]])
+        top.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> None:
+    """``ablation.md`` and a picture a study in ``folder``, from the runs that are there."""
+    parts = []
+    for name, study in studies.items():
+        by_task = {task: complete(store, study, base[task], seeds) for task, store in stores.items()}
+        by_task = {task: rows for task, rows in by_task.items() if rows}
+        if not by_task:
+            continue
+        severity = study.get("by") == "severity"
+        make_picture, make_table = (severity_picture, severity_table) if severity else (differences_picture, table)
+        make_picture(folder / f"ablation_{name}.png", study["title"], by_task)
+        parts.append(f"## {study['title']}\n\n{study['question']}\n\n`python benchmarks/ablation.py {name}`\n")
+        for task, rows in by_task.items():
+            parts.append(f"**{task}**, {seeds} paired seeds\n\n{make_table(rows)}\n")
+            if "pristine_accuracy" in rows[0][1][0]:
+                parts.append(f"{pristine_table(rows)}\n")
+            if study.get("costs") and "peak_mb" in rows[0][1][0]:
+                parts.append(f"{cost_table(rows)}\n")
+        parts.append(f"![{study['title']}](ablation_{name}.png)\n")
+    if parts:
+        (folder / "ablation.md").write_text(f"{head(stores)}\n" + "\n".join(parts), encoding="utf-8")
+
+
+def head(stores: dict) -> str:
+    lines = [
+        "# Ablations",
+        "",
+        "Written by `python benchmarks/ablation.py --report` from the `ablation_*.json` beside it. Mean over paired seeds "
+        "of the reference, and Δ = row - reference, ± the half-width of its 95 % t-interval (not adjusted). \\*: p < .05 after "
+        "Holm's adjustment over the rows of that table, per column.",
+        "",
+    ]
+    for task, store in stores.items():
+        if store.tuned:
+            lr = ", ".join(f"{adapter} {rate:g}" for adapter, rate in store.tuned["lr"].items())
+            seeds = store.tuned["grid"]["seeds"]
+            where = ", ".join(f"{key} {value}" for key, value in store.environment.items())
+            lines.append(f"- {task}: σ {store.tuned['sigma']:g}, lr {lr}; chosen on seeds {seeds[0]}-{seeds[-1]}. {where}.")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,192 @@
+"""The ablation benchmark: statistics against SciPy, what a run is, and the whole of it, small, twice."""
+
+import importlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+for extra in ("peft", "timm", "transformers", "sklearn", "matplotlib", "rich"):
+    pytest.importorskip(extra)
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+ablation, train, report = (importlib.import_module(name) for name in ("ablation", "ablation_train", "ablation_report"))
+tasks = importlib.import_module("tasks")
+text = importlib.import_module("tasks.text")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def digits(cache):
+    return tasks.load("digits", "cpu", cache, quick=True)
+
+
+@pytest.fixture(scope="module")
+def passages(cache):
+    return tasks.load("text", "cpu", cache, quick=True)
+
+
+def test_paired_differences_are_scipys_t_test():
+    gaps = np.random.default_rng(0).normal(0.4, 1, 10)
+    mean, half, p = report.paired(gaps)
+    expected = stats.ttest_1samp(gaps, 0)
+    interval = expected.confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert p == pytest.approx(expected.pvalue)
+    assert report.paired(np.zeros(5)) == (0, 0, 1)
+
+
+def test_holm_by_hand():
+    # sorted .01 .02 .03 .5: times 4, 3, 2, 1, and never below the one before
+    assert report.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+
+
+def test_settings_that_an_objective_does_not_read_do_not_make_another_run():
+    assert train.canonical({"sigma": 0.1, "rho": 1.0}) == train.canonical({"objective": "plain"})
+    assert train.canonical({"objective": "flat", "sigma": 0.1}) != train.canonical({"objective": "flat", "sigma": 0.2})
+    with pytest.raises(ValueError, match="sigmma"):
+        train.canonical({"sigmma": 0.1})
+    with pytest.raises(ValueError, match="sharp"):
+        train.canonical({"objective": "sharp"})
+
+
+def test_every_study_reads_and_each_row_differs_from_its_reference_in_the_objective_alone():
+    base, tuned = ablation.read_base(False), {"sigma": 0.3, "lr": dict.fromkeys(train.ADAPTERS, 0.01)}
+    studies = ablation.read_studies([])
+    assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghi"]
+    of_objectives = {key for keys in train.OBJECTIVES.values() for key in keys} | {"objective"}
+    for study in studies.values():
+        for _, config, reference in ablation.pairs(study, base["digits"], tuned):
+            differing = {key for key in {*config, *reference} if config.get(key) != reference.get(key)}
+            assert "objective" in differing <= of_objectives
+            assert reference["objective"] == "plain"
+    assert not set(base["tuning"]["seeds"]) & set(range(100))
+    with pytest.raises(SystemExit, match="no study nothing"):
+        ablation.read_studies(["nothing"])
+
+
+def test_relative_settings():
+    base, tuned = {"steps": 100, "labels": 40}, {"sigma": 0.4, "lr": {"lora": 0.01}}
+    config = ablation.settings(
+        base, tuned, {"objective": "flat", "sigma_times": 0.5, "labels_times": 0.25, "steps_times": 3}
+    )
+    assert (config["sigma"], config["labels"], config["steps"]) == (0.2, 10, 300)
+
+
+@pytest.mark.parametrize("name", ["digits", "passages"])
+def test_tasks_keep_their_splits_apart_and_pairs_share_everything(name, request):
+    task = request.getfixturevalue(name)
+    labels = 20 if name == "digits" else 4
+    x, y = task.train(3, labels)
+    sets = task.evaluation(3, labels)
+    assert set(sets) == {"validation", "test", "ood", "corrupted"}
+    assert len(sets["corrupted"]) % 5 == 0
+    training = {row.numpy().tobytes() for row in x}
+    for split in ("validation", "test"):
+        assert not training & {row.numpy().tobytes() for row in sets[split][0][0]}
+    again = task.train(3, labels)
+    assert torch.equal(x, again[0])
+    assert torch.equal(y, again[1])
+    assert not torch.equal(x, task.train(4, labels)[0])
+    assert y.bincount().unique().numel() == 1  # as many of each class
+    first, second = task.model(3), task.model(3)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert int(y.max()) + 1 == {"digits": 10, "passages": len(text.CLASSES)}[name]
+
+
+def test_typing_errors_hit_the_share_asked_for():
+    line = "the quick brown fox jumps over the lazy dog " * 200
+    assert text.misspell(line, 0.0, random.Random(0)) == line
+    small, large = (text.misspell(line, share, random.Random(0)) for share in (0.02, 0.3))
+    kept = [sum(a.count(word) for word in ("quick", "brown", "jumps")) / 600 for a in (small, large)]
+    # a word of five letters survives with (1 - share)^5, or a little less by its neighbours; 600 words, ± 4 standard errors
+    for k, share in zip(kept, (0.02, 0.3)):
+        low, high = (1 - share) ** 6, (1 - share) ** 5
+        assert low - 4 * (low * (1 - low) / 600) ** 0.5 < k < high + 4 * (high * (1 - high) / 600) ** 0.5 + share / 25
+
+
+@pytest.mark.parametrize("adapter", train.ADAPTERS)
+def test_every_adapter_starts_as_the_source_model_and_is_seen_by_flatopt(digits, adapter):
+    config = train.canonical({"adapter": adapter, "rank": 2, "objective": "flat", "sigma": 0.3, "steps": 4, "labels": 20})
+    source = digits.model(0).eval()
+    images = digits.train(0, 20)[0]
+    expected = source(images)
+    model = train.adapt(digits.model(0), digits, config).eval()
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    optimizer = train.make_optimizer(model, config, 0)
+    assert sum(len(group["targets"]) for group in optimizer.perturb_groups) == 12  # four layers in each of three blocks
+    assert len(train.base_weights(model)) == 12
+
+
+def test_without_fan_in_the_noise_does_not_shrink_with_it(digits):
+    config = train.canonical({"objective": "flat", "sigma": 0.2, "fan_in": False, "steps": 4})
+    model = train.adapt(digits.model(0), digits, config)
+    groups = train.make_optimizer(model, config, 0).perturb_groups
+    sizes = [group["targets"][0].rows().shape[1] for group in groups]
+    constant = [group["sigma"] / size**0.5 for group, size in zip(groups, sizes)]  # times the row norm: the element's std
+    assert constant == pytest.approx([0.2 / (sum(sizes) / len(sizes)) ** 0.5] * 12)
+
+
+def test_a_run_repeats_and_sam_and_restore_are_measured(digits):
+    config = {"rank": 2, "steps": 3, "batch": 8, "labels": 20}
+    flat = {**config, "objective": "flat", "sigma": 0.3}
+    first, second = (train.run(digits, flat, 1) for _ in range(2))
+    timing = {"seconds", "ms_a_step"}
+    assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
+    assert len(first["corrupted_accuracy"]) == 5
+    sam = train.run(digits, {**config, "objective": "sam", "space": "full"}, 1)
+    assert 0 <= sam["test_accuracy"] <= 100
+    exact, drifted = (train.run(digits, {**flat, "dtype": "bfloat16", "restore": r}, 1) for r in ("reversible", "subtract"))
+    assert exact["weights_changed"] == exact["drift"] == 0
+    assert exact["pristine_loss"] == exact["test_loss"]
+    assert drifted["weights_changed"] > 1
+    assert drifted["drift"] > 0
+
+
+def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
+    arguments = ["schedule", "severity", "--quick", "--tasks", "digits", "text", "--device", "cpu", "--workers", "1"]
+    arguments += ["--cache", str(cache), "--results", str(tmp_path)]
+    monkeypatch.setattr(train, "ADAPTERS", ("lora",))  # tuning tries each
+    ablation.main(arguments)
+    stored = {name: json.loads((tmp_path / f"ablation_{name}.json").read_text()) for name in ("digits", "text")}
+    for content in stored.values():
+        # one tuning run of each objective; then plain and four schedules (severity's rows among them), two seeds each
+        assert len(content["runs"]) == 2 + 5 * 2
+        assert set(content["tuned"]["lr"]) == {"lora"}
+    page = (tmp_path / "ablation.md").read_text()
+    assert page.count("| constant, σ/2 |") == 2
+    runs = {(r["config"]["objective"], r["config"].get("schedule"), r["seed"]): r["metrics"] for r in stored["text"]["runs"]}
+    plain = [runs["plain", None, seed]["test_accuracy"] for seed in (0, 1)]
+    linear = [runs["flat", "linear", seed]["test_accuracy"] for seed in (0, 1)]
+    half = stats.t.ppf(0.975, 1) * abs(np.diff(np.subtract(linear, plain))[0]) / 2
+    expected = f"| linear | {np.mean(plain):.2f} | {np.mean(linear) - np.mean(plain):+.2f} ± {half:.2f}"
+    assert expected in page
+    for picture in ("ablation_schedule.png", "ablation_severity.png"):
+        assert picture in page
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+    def not_again(*_):
+        raise AssertionError("a run that is there was run again")
+
+    monkeypatch.setattr(train, "run", not_again)
+    ablation.main(arguments)
+    lost = stored["digits"]["runs"].pop()
+    (tmp_path / "ablation_digits.json").write_text(json.dumps(stored["digits"]))
+    again = []
+    monkeypatch.setattr(train, "run", lambda task, config, seed: again.append((config, seed)) or lost["metrics"])
+    ablation.main(arguments)
+    assert again == [(lost["config"], lost["seed"])]
+
+    stored["digits"]["environment"]["torch"] = "0.1"
+    (tmp_path / "ablation_digits.json").write_text(json.dumps(stored["digits"]))
+    with pytest.raises(SystemExit, match=r"torch: 0\.1 there"):
+        ablation.main(arguments)

@@ -9,6 +9,7 @@ from . import peft_layers
 from .delta import Delta, custom_delta, no_delta, registered
 from .reversible import GRID_BITS
 from .scale import weight_square_sums
+from .sharding import local, local_delta, splits_rows_only
 
 
 class Target:
@@ -41,7 +42,10 @@ class Target:
 
     def rows(self) -> Tensor:
         """The weight as a 2-D view, rows = outputs, columns = fan-in."""
-        weight = self.weight
+        return self.rows_of(self.weight)
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """The same view of a tensor like the weight, strides and all."""
         if weight.dim() < 2:
             return weight.reshape(1, -1)
         if self._layout == "columns":
@@ -56,9 +60,10 @@ class Target:
     def delta(self) -> Delta:
         """What the low-rank module adds to the weight."""
         with torch.no_grad():
-            weight = self.weight
+            whole = self.parameter.detach()
+            weight = local(whole)
             try:
-                delta = self._delta_of(self.layer, weight)
+                delta = local_delta(self._delta_of(self.layer, whole), whole)
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from error
             if self._layout == "experts":
@@ -117,6 +122,11 @@ class Target:
                 f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
                 "FSDP2, where each rank keeps rows of the weight"
             )
+        if not splits_rows_only(parameter, {"rows": (0,), "columns": (1,), "experts": (0, 1)}[self._layout]):
+            raise ValueError(
+                f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
+                "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"
+            )
         if parameter.requires_grad:
             raise ValueError(
                 f"{path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or "
@@ -130,11 +140,6 @@ class Target:
         hook = getattr(self.module, "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor (DTensor); any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _owner(root: nn.Module, parameter: Tensor) -> "tuple[nn.Module, str, str] | None":

@@ -1,0 +1,188 @@
+"""A model's loss as a function of some of its weights: where it is measured, and back again."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..groups import read_groups
+from ..noise import step_key, sub_key
+from ..peft_layers import is_tuner_layer
+from ..targets import Target
+from ..window import close_around
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class Point:
+    """The weights to be moved, and the loss, gradient and Hessian products where they stand now.
+
+    Lists of tensors run over the weights, shaped like them, in float32 (float64 for float64 weights).
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[Target]"):
+        self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
+        self.weights = weights
+        self._clean = [w.detach().clone() for w in weights]
+
+    def values(self, index: int) -> Tensor:
+        """W' of weight ``index``, unmoved; with the adapter's part if the adapter is not merged into it."""
+        clean = self._clean[index]
+        value = clean.to(_work(clean), copy=True)
+        if self._targets and not is_tuner_layer(self._targets[index].layer):
+            rows, delta = self._targets[index].rows_of(value), self._targets[index].delta()
+            for B, A, scaling in delta.factors:
+                rows += scaling * (B.detach().to(rows.dtype) @ A.detach().to(rows.dtype))
+            if delta.dense is not None:
+                rows += delta.dense.detach()
+        return value
+
+    def row_norms(self, index: int, tensor: Tensor) -> Tensor:
+        """Of a tensor like weight ``index`` the norm of each output row, broadcastable to it."""
+        norms = torch.empty_like(tensor)
+        rows = self._targets[index].rows_of(norms)
+        rows.copy_(self._targets[index].rows_of(tensor).norm(dim=1, keepdim=True).expand_as(rows))
+        return norms
+
+    def fan_in(self, index: int) -> int:
+        return self._targets[index].rows_of(self._clean[index]).shape[1]
+
+    def random(self, index: int, seed: int, draw: int, signs: bool = False) -> Tensor:
+        """Standard normals, or random signs, for weight ``index``: a function of the seed, the draw and the index alone."""
+        like = self._clean[index]
+        key = sub_key(step_key(seed, draw, 0), index)
+        generator = torch.Generator(like.device).manual_seed((key[0] << 31) ^ key[1])
+        z = torch.empty_like(like, dtype=_work(like))
+        return z.random_(2, generator=generator).mul_(2).sub_(1) if signs else z.normal_(generator=generator)
+
+    @torch.no_grad()
+    def move(self, offset_of: "Callable[[int], Tensor] | None") -> None:
+        """Set every weight to its clean value plus ``offset_of(index)``; to the clean value if None."""
+        for index, (weight, clean) in enumerate(zip(self.weights, self._clean)):
+            weight.copy_(clean if offset_of is None else clean.to(_work(clean)) + offset_of(index))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        return sum(self._batch_loss(batch).item() for batch in self._batches) / len(self._batches)
+
+    @torch.enable_grad()
+    def gradient(self) -> "tuple[float, list[Tensor]]":
+        """The loss and its gradient."""
+        total, sums = 0.0, [torch.zeros_like(c, dtype=_work(c)) for c in self._clean]
+        for batch in self._batches:
+            loss = self._batch_loss(batch, differentiable=True)
+            total += loss.item() / len(self._batches)
+            for summed, g in zip(sums, torch.autograd.grad(loss, self.weights, materialize_grads=True)):
+                summed += g / len(self._batches)
+        return total, sums
+
+    @torch.enable_grad()
+    def hessian_times(self, vector: "list[Tensor]") -> "list[Tensor]":
+        vector = [v.to(w.dtype) for v, w in zip(vector, self.weights)]
+        sums = [torch.zeros_like(c, dtype=_work(c)) for c in self._clean]
+        for batch in self._batches:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attentions cannot be differentiated twice
+                loss = self._batch_loss(batch, differentiable=True)
+                first = torch.autograd.grad(loss, self.weights, create_graph=True, materialize_grads=True)
+                pairs = [(g, v) for g, v in zip(first, vector) if g.requires_grad]
+                if not pairs:  # the loss is linear in the weights
+                    continue
+                second = torch.autograd.grad(
+                    [g for g, _ in pairs], self.weights, [v for _, v in pairs], materialize_grads=True
+                )
+            for summed, h in zip(sums, second):
+                summed += h / len(self._batches)
+        return sums
+
+    def _batch_loss(self, batch, differentiable: bool = False) -> Tensor:
+        loss = self._loss_fn(self._model, batch)
+        if not (isinstance(loss, Tensor) and loss.numel() == 1):
+            raise TypeError(f"loss_fn(model, batch) must return the batch's mean loss as a scalar tensor, got {loss!r:.80}")
+        if differentiable and not loss.requires_grad:
+            raise ValueError("loss_fn(model, batch) returned a loss without a graph: it must not detach, nor use no_grad")
+        return loss.reshape(())
+
+
+@contextmanager
+def at_weights(model: nn.Module, loss_fn: LossFn, batches: Iterable, targets=None, space: str = "full") -> "Iterator[Point]":
+    """The :class:`Point` of the merged weights (``"full"``) or of the adapters' own (``"adapter"``); then all as before.
+
+    ``targets``: as for :class:`flatopt.FlatPerturbOptimizer`; by default every adapted layer of ``model``.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: pass a list of batches, the same for all models that are compared")
+    if space not in ("full", "adapter"):
+        raise ValueError(f"space must be 'full' or 'adapter', got {space!r}")
+    groups, _ = read_groups(model if targets is None else targets, {})
+    found = [target for group in groups for target in group["targets"]]
+    close_around(model)
+    layers = list(dict.fromkeys(target.layer for target in found))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        if space == "adapter":
+            merged = [target.path for target in found if getattr(target.layer, "merged", False) is True]
+            if merged:
+                raise ValueError(f"space='adapter', but the adapter of {merged[0]} is merged: call unmerge_adapter() first")
+            with _kept([p for layer in layers for p in layer.parameters() if p.requires_grad]) as weights:
+                if not weights:
+                    raise ValueError("space='adapter' found no trainable parameter: call requires_grad_() on the adapter's")
+                yield Point(model, loss_fn, batches, weights, [])
+        else:
+            with _merged(layers), _kept([target.parameter for target in found]) as weights:
+                yield Point(model, loss_fn, batches, weights, found)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _merged(layers: "list[nn.Module]") -> Iterator[None]:
+    """PEFT layers with their adapters merged; afterwards unmerged, and their base layers' bits as they were."""
+    unmerged = [layer for layer in layers if is_tuner_layer(layer) and not layer.merged]
+    before = [
+        (module, name, p, p.data, p.detach().clone())
+        for layer in unmerged
+        for module in layer.get_base_layer().modules()
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
+    try:
+        for layer in unmerged:
+            layer.merge()
+        yield
+    finally:
+        for layer in unmerged:
+            if layer.merged:
+                layer.unmerge()
+        with torch.no_grad():
+            for module, name, parameter, data, clean in before:
+                # merging may have given the parameter another storage, or the module another parameter
+                parameter.data = data
+                parameter.copy_(clean)
+                if name in module._parameters:
+                    module._parameters[name] = parameter
+
+
+@contextmanager
+def _kept(weights: "list[Tensor]") -> "Iterator[list[Tensor]]":
+    """Weights that may be moved and differentiated inside; afterwards the same bits, and frozen as before."""
+    weights = list(dict.fromkeys(weights))
+    before = [(w, w.requires_grad, w.detach().clone()) for w in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield weights
+    finally:
+        for weight, requires_grad, clean in before:
+            weight.requires_grad_(requires_grad)
+            with torch.no_grad():
+                weight.copy_(clean)
+
+
+def _work(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -497,6 +497,22 @@ def test_matplotlib_is_not_needed_to_measure():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda(dtype):
+    model = lora_mlp(dtype).cuda()
+    data = [(x.to("cuda", dtype), y.cuda()) for x, y in BATCHES]
+    before, state = snapshot(model), torch.cuda.get_rng_state().tolist()
+    found = [measure(model, loss_fn, data) for measure in everything()]
+    assert_as_it_was(model, before)
+    assert torch.cuda.get_rng_state().tolist() == state
+    assert found[0] == next(everything())(model, loss_fn, data)
+    if dtype == torch.float32:
+        on_cpu = flatness.worst_case_sharpness(copy.deepcopy(model).cpu(), loss_fn, BATCHES, steps=2)
+        assert found[1].value == pytest.approx(on_cpu.value, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

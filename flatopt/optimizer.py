@@ -116,7 +116,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
-        self._window = Window()
+        self._window = Window(self._roots)
         myself = weakref.ref(self)
         ear = Ear(self._window, lambda: myself() and myself()._open())
         targets = [target for group in self.perturb_groups for target in group["targets"]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta
+from .sharding import summed_over_shards
 
 NOISES = ("filter", "layer", "isotropic", "element")
 CHUNK = 1 << 20  # elements of W in float32 at a time
@@ -58,9 +59,11 @@ def fill_std(draws: list) -> None:
             draw.std = (total / draw.rows.shape[1]).sqrt_().mul_(sigma).unsqueeze(1)
     elif noise == "layer":
         for draw, total in zip(draws, sums):
-            draw.std = (total.sum() / draw.rows.numel()).sqrt_().mul_(sigma).view(1, 1)
+            total = summed_over_shards(total.sum(), draw.target.parameter)
+            draw.std = (total / draw.target.parameter.numel()).sqrt_().mul_(sigma).view(1, 1)
     else:
-        size = sum(d.rows.numel() for d in draws)
-        every = sum(total.sum().to(sums[0].device) for total in sums)
+        size = sum(d.target.parameter.numel() for d in draws)
+        totals = [summed_over_shards(total.sum(), d.target.parameter) for d, total in zip(draws, sums)]
+        every = sum(total.to(totals[0].device) for total in totals)
         for draw in draws:
             draw.std = (every / size).sqrt().mul_(sigma).view(1, 1).to(draw.rows.device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .noise import step_key, sub_key
 from .restore import RESTORES, Draw
+from .sharding import fsdp_modules, is_sharded, shard_index
 
 _open = weakref.WeakSet()  # windows whose weights are perturbed now
 
@@ -23,7 +24,9 @@ def _writing():
 class Window:
     """The weights perturbed for the current step, and how to restore them. Holds no reference to the optimizer."""
 
-    def __init__(self):
+    def __init__(self, roots: "list[nn.Module]"):
+        self._roots = roots
+        self._fsdp = []  # modules in the roots that FSDP2 shards
         self.is_open = False
         self.held = False  # inside ``with perturbed()``: forwards do not toggle
         self.one_scale = False  # inside ``step(closure)``: the adapter moves between evaluations, the noise must not
@@ -40,6 +43,7 @@ class Window:
         """Perturb the targets of ``(group, sigma_t)``; all of them or, if anything raises, none."""
         if self.is_open:
             return
+        self._reshard()
         key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
         for group, sigma in groups:
             draws = []
@@ -48,12 +52,16 @@ class Window:
                 target.check()
                 if sigma > 0 and target.weight.data_ptr() not in tied:
                     tied.add(target.weight.data_ptr())
-                    draw = Draw(target, target.rows(), sub_key(key, index), sigma, group["noise"])
+                    part = shard_index(target.parameter)
+                    own = sub_key(sub_key(key, index), part) if part else sub_key(key, index)
+                    draw = Draw(target, target.rows(), own, sigma, group["noise"])
                     draw.std = self._std.get(draw.key) if self.one_scale else None
                     draws.append(draw)
             remade = [draw for draw in draws if draw.target.remade]
             kept = [draw for draw in draws if not draw.target.remade]
             plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
+        if not self._fsdp and any(is_sharded(d.target.parameter) for _, draws in plans for d in draws):
+            self._fsdp = fsdp_modules(self._roots)
         others = set().union(*(window.modules() for window in _open))
         for _, draws in plans:
             for draw in draws:
@@ -82,6 +90,7 @@ class Window:
             return
         self.is_open = False
         _open.discard(self)
+        self._reshard()
         try:
             for target, parameter, weight, version in self._seen:
                 written = weight._version != version and not target.version_moves
@@ -104,6 +113,7 @@ class Window:
         A graph that saved the perturbed W then stays valid, so the version counters go back too. Not so with
         ``subtract``, whose bits drift: there backward raises, as it should.
         """
+        self._reshard()
         self.suspended_by = module
         self.was_suspended.add(module)
         exact = not any(name == "subtract" for name, _ in self._plans)
@@ -113,11 +123,16 @@ class Window:
 
     @_writing()
     def resume(self) -> None:
+        self._reshard()
         self.suspended_by = None
         self._undo = [RESTORES[name](draws) for name, draws in self._plans]
         for version in self._versions:
             version.__exit__()
         self._mark()
+
+    def _reshard(self) -> None:
+        for module in self._fsdp:
+            module.reshard()
 
     def modules(self) -> "set[nn.Module]":
         return {target.module for target, _, _, _ in self._seen}

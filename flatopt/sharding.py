@@ -1,0 +1,72 @@
+"""FSDP2: a rank perturbs its own rows of a sharded weight (DTensor), in place."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .delta import Delta
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
+    """Whether each row of ``weight`` is on one rank whole, so that its norm needs no other rank."""
+    return not is_sharded(weight) or all(p.is_replicate() or (p.is_shard() and p.dim in row_dims) for p in weight.placements)
+
+
+def shard_index(weight: Tensor) -> int:
+    """Which part of the weight this rank holds; 0 for the whole. Two parts must not get the same noise."""
+    index = 0
+    if is_sharded(weight):
+        for dimension, placement in enumerate(weight.placements):
+            if placement.is_shard():
+                mesh = weight.device_mesh
+                index = index * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return index
+
+
+def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
+    """The sum over the ranks that hold parts of ``weight``."""
+    if not is_sharded(weight):
+        return total
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if p.is_shard() else Replicate() for p in weight.placements]
+    return DTensor.from_local(total, weight.device_mesh, placements, run_check=False).full_tensor()
+
+
+def local_delta(delta: Delta, weight: Tensor) -> Delta:
+    """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
+    if not is_sharded(weight):
+        return delta
+    from torch.distributed.tensor import DTensor, Replicate
+
+    def rows(tensor: "Tensor | None") -> "Tensor | None":
+        if tensor is None:
+            return None
+        if not is_sharded(tensor):
+            replicated = [Replicate()] * weight.device_mesh.ndim
+            tensor = DTensor.from_local(tensor, weight.device_mesh, replicated, run_check=False)
+        return tensor.redistribute(placements=weight.placements).to_local()
+
+    def whole(tensor):
+        return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
+
+    factors = tuple((rows(B), whole(A), whole(scaling)) for B, A, scaling in delta.factors)
+    return Delta(factors, rows(delta.dense), rows(delta.row_norm), rows(delta.alpha))
+
+
+def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
+    """The modules whose parameters FSDP2 gathers and lets go.
+
+    It keeps gathered copies between forward and backward and after an evaluation. ``reshard()`` gives them up, so that the
+    next forward or backward gathers what was written to the shards meanwhile.
+    """
+    return [m for root in roots for m in root.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]

@@ -150,6 +150,33 @@ def severity_picture(path: Path, title: str, by_task: dict) -> None:
     figure.savefig(path, dpi=110)
 
 
+def landscape_table(rows) -> str:
+    lines = ["| | expected sharpness of plain, nats | Δ |", "|---" * 3 + "|"]
+    for row, entry in zip(rows, differences(rows, lambda m: m["expected_sharpness"])):
+        lines.append(f"| {row[0]} | {shown(*entry, 4)} |")
+    return "\n".join(lines)
+
+
+def landscape_pictures(folder: Path, by_task: dict) -> "list[str]":
+    """Curves, the mean over seeds, and the surfaces of seed 0, in the manner of the paper's Figure 6."""
+    from flatopt import flatness
+
+    names = []
+    for task, rows in by_task.items():
+        curves, surfaces = {}, {}
+        for name, *both in rows:
+            at = np.array(both[0][0]["curve"]["position"])
+            mean = [np.mean([m["curve"]["loss"] for m in side], axis=0) for side in both]
+            curves[name] = {label: flatness.Curve(at, loss) for label, loss in zip(("flat", "plain"), mean)}
+            found = [{key: np.array(value) for key, value in side[0]["surface"].items()} for side in both]
+            surfaces[name] = {label: flatness.Surface(**surface) for label, surface in zip(("flat", "plain"), found)}
+        for kind, figure in (("curves", flatness.plot_curves(curves)), ("surfaces", flatness.plot_contours(surfaces))):
+            figure.suptitle(f"{task}: training loss around the merged weights")
+            names.append(f"ablation_landscape_{task}_{kind}.png")
+            figure.savefig(folder / names[-1], dpi=110)
+    return names
+
+
 def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> None:
     """``ablation.md`` and a picture a study in ``folder``, from the runs that are there."""
     parts = []
@@ -158,9 +185,14 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
         by_task = {task: rows for task, rows in by_task.items() if rows}
         if not by_task:
             continue
-        severity = study.get("by") == "severity"
-        make_picture, make_table = (severity_picture, severity_table) if severity else (differences_picture, table)
-        make_picture(folder / f"ablation_{name}.png", study["title"], by_task)
+        pictures = [f"ablation_{name}.png"]
+        if study.get("by") == "landscape":
+            pictures = landscape_pictures(folder, by_task)
+        elif study.get("by") == "severity":
+            severity_picture(folder / pictures[0], study["title"], by_task)
+        else:
+            differences_picture(folder / pictures[0], study["title"], by_task)
+        make_table = {"severity": severity_table, "landscape": landscape_table}.get(study.get("by"), table)
         parts.append(f"## {study['title']}\n\n{study['question']}\n\n`python benchmarks/ablation.py {name}`\n")
         for task, rows in by_task.items():
             parts.append(f"**{task}**, {seeds} paired seeds\n\n{make_table(rows)}\n")
@@ -168,7 +200,7 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
                 parts.append(f"{pristine_table(rows)}\n")
             if study.get("costs") and "peak_mb" in rows[0][1][0]:
                 parts.append(f"{cost_table(rows)}\n")
-        parts.append(f"![{study['title']}](ablation_{name}.png)\n")
+        parts += [f"![{study['title']}]({picture})\n" for picture in pictures]
     if parts:
         (folder / "ablation.md").write_text(f"{head(stores)}\n" + "\n".join(parts), encoding="utf-8")
 
@@ -178,8 +210,8 @@ def head(stores: dict) -> str:
         "# Ablations",
         "",
         "Written by `python benchmarks/ablation.py --report` from the `ablation_*.json` beside it. Mean over paired seeds "
-        "of the reference, and Δ = row - reference, ± the half-width of its 95 % t-interval (not adjusted). \\*: p < .05 after "
-        "Holm's adjustment over the rows of that table, per column.",
+        "of the reference, and Δ = row - reference, ± the half-width of its 95 % t-interval (not adjusted). \\*: p < .05 "
+        "after Holm's adjustment over the rows of that table, per column.",
         "",
     ]
     for task, store in stores.items():

@@ -62,7 +62,7 @@ def test_settings_that_an_objective_does_not_read_do_not_make_another_run():
 def test_every_study_reads_and_each_row_differs_from_its_reference_in_the_objective_alone():
     base, tuned = ablation.read_base(False), {"sigma": 0.3, "lr": dict.fromkeys(train.ADAPTERS, 0.01)}
     studies = ablation.read_studies([])
-    assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghi"]
+    assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghij"]
     of_objectives = {key for keys in train.OBJECTIVES.values() for key in keys} | {"objective"}
     for study in studies.values():
         for _, config, reference in ablation.pairs(study, base["digits"], tuned):
@@ -153,24 +153,40 @@ def test_a_run_repeats_and_sam_and_restore_are_measured(digits):
 
 
 def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
-    arguments = ["schedule", "severity", "--quick", "--tasks", "digits", "text", "--device", "cpu", "--workers", "1"]
+    arguments = [
+        "schedule",
+        "severity",
+        "landscape",
+        "--quick",
+        "--tasks",
+        "digits",
+        "text",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     arguments += ["--cache", str(cache), "--results", str(tmp_path)]
     monkeypatch.setattr(train, "ADAPTERS", ("lora",))  # tuning tries each
     ablation.main(arguments)
     stored = {name: json.loads((tmp_path / f"ablation_{name}.json").read_text()) for name in ("digits", "text")}
     for content in stored.values():
-        # one tuning run of each objective; then plain and four schedules (severity's rows among them), two seeds each
-        assert len(content["runs"]) == 2 + 5 * 2
+        # a tuning run of each objective; plain and four schedules (severity's rows among them); four landscapes
+        assert len(content["runs"]) == 2 + (5 + 4) * 2
         assert set(content["tuned"]["lr"]) == {"lora"}
     page = (tmp_path / "ablation.md").read_text()
     assert page.count("| constant, σ/2 |") == 2
-    runs = {(r["config"]["objective"], r["config"].get("schedule"), r["seed"]): r["metrics"] for r in stored["text"]["runs"]}
+    runs = {
+        (r["config"]["objective"], r["config"].get("schedule"), r["seed"]): r["metrics"]
+        for r in stored["text"]["runs"]
+        if not r["config"]["landscape"]
+    }
     plain = [runs["plain", None, seed]["test_accuracy"] for seed in (0, 1)]
     linear = [runs["flat", "linear", seed]["test_accuracy"] for seed in (0, 1)]
     half = stats.t.ppf(0.975, 1) * abs(np.diff(np.subtract(linear, plain))[0]) / 2
     expected = f"| linear | {np.mean(plain):.2f} | {np.mean(linear) - np.mean(plain):+.2f} ± {half:.2f}"
     assert expected in page
-    for picture in ("ablation_schedule.png", "ablation_severity.png"):
+    for picture in ("ablation_schedule.png", "ablation_severity.png", "ablation_landscape_text_surfaces.png"):
         assert picture in page
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 

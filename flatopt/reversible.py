@@ -73,10 +73,10 @@ def grid(std: Tensor, sigma: float, dtype: torch.dtype) -> Grid:
     return Grid(rho, torch.where(rho < 2.0**-8, -math.inf, delta), step)
 
 
-def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, block: Tensor, out: Tensor) -> None:
-    """f_0: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks, rounded to the type of ``out``."""
+def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, block: Tensor) -> Tensor:
+    """f_0 before rounding: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks. Overwrites q and block."""
     block.copy_(torch.div(w, a, out=q).floor_()).bitwise_left_shift_(torch.iinfo(block.dtype).bits - 1)
-    out.copy_(block.bitwise_xor_(signed).view(a.dtype).add_(w))  # the parity of the block went to the sign bit
+    return block.bitwise_xor_(signed).view(a.dtype).add_(w)  # the parity of the block went to the sign bit
 
 
 def _chunks(rows: int, columns: int):
@@ -100,24 +100,28 @@ def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]") -> None:
     work = torch.promote_types(dtype, torch.float32)
     keys = noise.row_keys(key, rows, device)
     rho, delta, step = (t.expand(rows, 1) for t in grid)
-    size = min(matrix.numel(), CHUNK)
-    # all that a chunk needs, allocated once
-    kinds = (work, work, work, BITS[work], BITS[work], dtype, dtype, dtype)
-    buffers = [torch.empty(size, dtype=kind, device=device) for kind in kinds]
+    narrow = work != dtype
+    # all that a chunk needs, allocated once; memory traffic is what this costs, so nothing is copied in vain
+    kinds = [work, work, BITS[work], BITS[work], dtype] + narrow * [work, dtype, dtype]
+    buffers = [torch.empty(min(matrix.numel(), CHUNK), dtype=kind, device=device) for kind in kinds]
     for here in _chunks(rows, columns):
-        part = matrix[here]
-        w, a, q, signed, block, clean, moved, back = (b[: part.numel()].view(part.shape) for b in buffers)
-        top = here[0]
+        part, top = matrix[here], here[0]
+        a, q, block, other, clean, *casts = (b[: part.numel()].view(part.shape) for b in buffers)
         z = noise.normals((keys[0][top], keys[1][top]), here[1].start, part.shape[1])
-        a.copy_(torch.mul(z, rho[top]).abs_().add_(delta[top]).floor_().clamp_min_(0.0).mul_(step[top]))
-        # copysign(a, z), with z as wide as a
-        signed.copy_(z.to(work).view(signed.dtype)).bitwise_and_(torch.iinfo(signed.dtype).min).bitwise_or_(
-            a.view(signed.dtype)
-        )
-        w.copy_(clean.copy_(part))
-        _flip(w, a, signed, q, block, moved)
-        w.copy_(moved)
-        _flip(w, a, signed, q, block, back)
+        length = torch.mul(z, rho[top], out=a if work == z.dtype else None)
+        a.copy_(length.abs_().add_(delta[top]).floor_().clamp_min_(0.0).mul_(step[top]))
+        sign = z.to(work).view(block.dtype).bitwise_and_(torch.iinfo(block.dtype).min)
+        signed = sign.bitwise_or_(a.view(block.dtype))  # copysign(a, z), which is slower
+
+        clean.copy_(part)
+        w = casts[0].copy_(clean) if narrow else clean
+        moved = _flip(w, a, signed, q, block)
+        if narrow:
+            moved = casts[1].copy_(moved)
+            w.copy_(moved)
+        back = _flip(w if narrow else moved, a, signed, q, other)
+        if narrow:
+            back = casts[2].copy_(back)
         _keep_reversible_(clean, moved, back)
         part.copy_(moved)
 

@@ -1,0 +1,447 @@
+"""What each method adds to a training step, in time and in memory, side by side in one run.
+
+    python benchmarks/cost.py                     # on a GPU: Llama-2-7B, T5-base and ViT-B/32, some 6 minutes on an H200
+    python benchmarks/cost.py --device cpu        # the tiny model, some 2 minutes
+
+Methods: plain LoRA; FlatPerturbOptimizer in each restore mode; the procedure of the Flat-LoRA authors' code, written anew
+from its description; SAM on the adapter and on the frozen weights. Models are made from their configurations with random
+weights: what they compute has no meaning, what it costs does. Steps are timed back to back, with device events on a GPU and
+the wall clock on a CPU; a cell is the median over the repeats after a warm-up, its spread half the range between the
+quartiles. Plain is timed first and last, so its spread shows what drifted. Perturb and restore are timed by themselves with
+the host ahead of the device, as it is in training. Results: ``cost_<device>.json`` and ``.png`` in ``benchmarks/results``.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from flatopt import SAM, FlatPerturbOptimizer
+
+SIGMA = 0.05  # any would do: the time does not depend on it
+WARM_UP = 2
+
+
+# --- models: (model with LoRA r 8 on all its linear layers, a function from a batch to the loss, a batch) ----------------
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    loss: Callable[[], torch.Tensor]
+    what: str
+
+
+def _adapted(model: nn.Module, **targets) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, **targets)).train()
+
+
+def _language_model(config, device: str, dtype: torch.dtype, batch: int, length: int, what: str) -> Case:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        tokens = torch.randint(config.vocab_size, (batch, length))
+    model = _adapted(base, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Case(model, lambda: model(input_ids=tokens, labels=tokens).loss, f"{what}, {batch} x {length} tokens")
+
+
+def llama_7b(device: str) -> Case:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(use_cache=False)  # its defaults are Llama-2-7B's
+    return _language_model(config, device, torch.bfloat16, 2, 1024, "Llama-2-7B shape, bf16, adapter fp32")
+
+
+def t5_base(device: str) -> Case:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, use_cache=False, decoder_start_token_id=0
+    )
+    with torch.device(device):
+        base = T5ForConditionalGeneration(config)
+        source, labels = torch.randint(config.vocab_size, (32, 128)), torch.randint(config.vocab_size, (32, 8))
+    model = _adapted(base, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return model(input_ids=source, labels=labels).loss
+
+    return Case(model, loss, "T5-base shape, fp32 under bf16 autocast, 32 x 128 tokens")
+
+
+def vit_b32(device: str) -> Case:
+    import timm
+
+    with torch.device(device):
+        base = timm.create_model("vit_base_patch32_224", num_classes=100)
+        images, labels = torch.randn(32, 3, 224, 224), torch.randint(100, (32,))
+    model = _adapted(base, target_modules=["qkv", "proj", "fc1", "fc2"])
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(images).float(), labels)
+
+    return Case(model, loss, "ViT-B/32, fp32 under bf16 autocast, 32 images")
+
+
+def tiny(device: str) -> Case:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000, use_cache=False
+    )
+    return _language_model(config, device, torch.float32, 8, 64, "Llama of 4 layers, 512 wide, fp32")
+
+
+MODELS = {"llama-7b": llama_7b, "t5-base": t5_base, "vit-b32": vit_b32, "tiny": tiny}
+
+
+# --- methods: each takes a step of `accumulation` micro-batches; some can perturb and restore by themselves ---------------
+
+
+class Plain:
+    def __init__(self, case: Case, optimizer: torch.optim.Optimizer):
+        self.case, self.optimizer = case, optimizer
+
+    def gradients(self, accumulation: int) -> None:
+        for _ in range(accumulation):
+            (self.case.loss() / accumulation).backward()
+
+    def step(self, accumulation: int) -> None:
+        self.gradients(accumulation)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Ours(Plain):
+    def __init__(self, case: Case, optimizer: torch.optim.Optimizer, restore: str):
+        optimizer = FlatPerturbOptimizer(optimizer, case.model, sigma=SIGMA, schedule="constant", restore=restore)
+        super().__init__(case, optimizer)
+        self.perturb, self.restore = optimizer.perturb, optimizer.restore
+
+
+class Official(Plain):
+    """What the Flat-LoRA authors' code does, as issue and paper describe it.
+
+    Of each LoRA layer the merged weight is formed, its row norms are repeated to a tensor of the weight's size, and
+    ``torch.normal`` with it is added to the weight, from the global generator with a seed of the step. To restore, the
+    generator gets the seed again and the same noise is drawn and subtracted.
+    """
+
+    def __init__(self, case: Case, optimizer: torch.optim.Optimizer):
+        super().__init__(case, optimizer)
+        self.layers = [module for module in case.model.modules() if isinstance(module, LoraLayer)]
+        self.norms, self.seed = [], 0
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        self.seed += 1
+        torch.manual_seed(self.seed)
+        for layer in self.layers:
+            weight = layer.get_base_layer().weight
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            merged = weight + layer.scaling["default"] * (B @ A)
+            self.norms.append(merged.norm(dim=1, keepdim=True))
+            weight += self.noise(weight, self.norms[-1])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch.manual_seed(self.seed)
+        for layer, norm in zip(self.layers, self.norms):
+            weight = layer.get_base_layer().weight
+            weight -= self.noise(weight, norm)
+        self.norms = []
+
+    def noise(self, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        columns = weight.shape[1]
+        return torch.normal(0.0, (SIGMA / columns**0.5 * norm).repeat(1, columns)).to(weight.dtype)
+
+    def step(self, accumulation: int) -> None:
+        self.perturb()
+        self.gradients(accumulation)
+        self.restore()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Sharpness(Plain):
+    def __init__(self, case: Case, optimizer: torch.optim.Optimizer, space: str):
+        rho, targets = (0.05, case.model) if space == "full" else (0.003, None)
+        super().__init__(case, SAM(optimizer, rho=rho, space=space, targets=targets))
+
+    def step(self, accumulation: int) -> None:
+        self.optimizer.step(lambda: self.gradients(accumulation))
+        self.optimizer.zero_grad()
+
+
+METHODS = {
+    "plain LoRA": Plain,
+    "ours, reversible": partial(Ours, restore="reversible"),
+    "ours, copy": partial(Ours, restore="copy"),
+    "ours, subtract": partial(Ours, restore="subtract"),
+    "official procedure": Official,
+    "SAM on the adapter": partial(Sharpness, space="adapter"),
+    "SAM on W": partial(Sharpness, space="full"),
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Points in the device's time, and milliseconds between them."""
+
+    def __init__(self, device: str):
+        self.device, self.points = device, []
+
+    def mark(self) -> None:
+        if self.device == "cuda":
+            self.points.append(torch.cuda.Event(enable_timing=True))
+            self.points[-1].record()
+        else:
+            self.points.append(time.perf_counter())
+
+    def intervals(self) -> "list[float]":
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in zip(self.points, self.points[1:])]
+        return [1e3 * (b - a) for a, b in zip(self.points, self.points[1:])]
+
+
+class Peak:
+    """The most memory in use since it was made, in GB: allocated on a GPU, resident (Linux) on a CPU."""
+
+    def __init__(self, device: str):
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def gigabytes(self) -> "float | None":
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        if sys.platform == "linux":
+            return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+        return None
+
+
+@contextmanager
+def made(make: Callable, case: Case) -> Iterator[Plain]:
+    """A method with an AdamW of its own; afterwards the model has no hooks and no gradients."""
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    method = make(case, torch.optim.AdamW(parameters, lr=1e-5))
+    try:
+        yield method
+    finally:
+        case.model.zero_grad()
+        method.__dict__.clear()
+
+
+def time_steps(method: Plain, accumulation: int, device: str, seconds: float) -> "tuple[list[float], float | None]":
+    """Milliseconds of each step after the warm-up, and the peak memory."""
+    started = time.perf_counter()
+    for _ in range(WARM_UP if accumulation == 1 else 1):
+        method.step(accumulation)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    peak, clock = Peak(device), Clock(device)
+    clock.mark()
+    repeats, began = 0, time.perf_counter()
+    started = began
+    while repeats < 3 or (time.perf_counter() - started < seconds and repeats < 100):
+        method.step(accumulation)
+        clock.mark()
+        repeats += 1
+        if device == "cuda" and accumulation * repeats % 16 == 0:
+            clock.points[-1].synchronize()  # or the host would queue steps without end
+    return clock.intervals(), peak.gigabytes()
+
+
+def time_toggles(method: Plain, device: str, repeats: int) -> "tuple[list[float], list[float]]":
+    perturb, restore = [], []
+    for _ in range(repeats + 1):
+        clock = Clock(device)
+        if device == "cuda":
+            torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host gets ahead
+        clock.mark()
+        method.perturb()
+        clock.mark()
+        method.restore()
+        clock.mark()
+        there, back = clock.intervals()
+        perturb.append(there)
+        restore.append(back)
+    return perturb[1:], restore[1:]
+
+
+def summary(samples: "list[float]") -> dict:
+    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return {"median": middle, "spread": (high - low) / 2, "repeats": len(samples)}
+
+
+def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device: str, seconds: float, tick: Callable):
+    """Rows of results; ``tick(what)`` before each cell."""
+    rows = []
+    for accumulation in accumulations:
+        plain, cells = [], {}
+        for name in [*methods, "plain LoRA"]:
+            tick(f"accumulation {accumulation}: {name}")
+            with made(METHODS[name], case) as method:
+                samples, peak = time_steps(method, accumulation, device, seconds / 2 if name == "plain LoRA" else seconds)
+                if name == "plain LoRA":
+                    plain += samples
+                    samples = plain
+                cells.setdefault(name, {"peak_gb": peak}).update(step_ms=summary(samples))
+                if hasattr(method, "perturb"):
+                    there, back = time_toggles(method, device, 5)
+                    both = [a + b for a, b in zip(there, back)]
+                    cells[name].update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
+        base = cells["plain LoRA"]
+        for name, cell in cells.items():
+            over = None if cell["peak_gb"] is None else cell["peak_gb"] - base["peak_gb"]
+            ratio = cell["step_ms"]["median"] / base["step_ms"]["median"]
+            rows.append({"method": name, "accumulation": accumulation, **cell, "ratio": ratio, "peak_gb_over_plain": over})
+    return rows
+
+
+# --- showing --------------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, result: dict) -> Table:
+    shown = Table(title=f"{name}: {result['what']}; {result['layers']} layers, {result['weights'] / 1e6:.1f} M weights")
+    for column in ("accumulation", "method"):
+        shown.add_column(column)
+    for column in ("step ms", "ratio to plain", "perturb ms", "restore ms", "peak GB over plain"):
+        shown.add_column(column, justify="right")
+
+    def cell(value: "dict | None") -> str:
+        return "" if value is None else f"{value['median']:.2f} ± {value['spread']:.2f}"
+
+    for row in result["rows"]:
+        over = row["peak_gb_over_plain"]
+        shown.add_row(
+            str(row["accumulation"]),
+            row["method"],
+            cell(row["step_ms"]),
+            f"{row['ratio']:.3f}",
+            cell(row.get("perturb_ms")),
+            cell(row.get("restore_ms")),
+            "" if over is None else f"{row['peak_gb']:.3f}" if row["method"] == "plain LoRA" else f"{over:+.3f}",
+            end_section=row is result["rows"][-1] or row["method"] == list(METHODS)[-1],
+        )
+    return shown
+
+
+def picture(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = results["models"]
+    figure, axes = plt.subplots(1, len(models), figsize=(1.5 + 4 * len(models), 3.6), squeeze=False, sharey=True)
+    for axis, (name, result) in zip(axes[0], models.items()):
+        methods = list(dict.fromkeys(row["method"] for row in result["rows"]))[1:]
+        accumulations = list(dict.fromkeys(row["accumulation"] for row in result["rows"]))
+        for i, accumulation in enumerate(accumulations):
+            rows = {row["method"]: row for row in result["rows"] if row["accumulation"] == accumulation}
+            height = 0.8 / len(accumulations)
+            at = [m + i * height - 0.4 + height / 2 for m in range(len(methods))]
+            bars = axis.barh(
+                at, [100 * (rows[m]["ratio"] - 1) for m in methods], height, label=f"accumulation {accumulation}"
+            )
+            axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=2)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.invert_yaxis()
+        axis.set_xscale("symlog", linthresh=1)
+        axis.margins(x=0.2)
+        axis.set_title(f"{name}, {result['plain_ms']:.0f} ms", fontsize=9)
+        axis.set_xlabel("step time over plain LoRA, %")
+        axis.axvline(0, color="black", linewidth=0.6)
+    axes[0, -1].legend(fontsize=7)
+    figure.suptitle(results["device"], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all but tiny on a GPU, tiny on a CPU")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
+    parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to repeat one cell for (at least 3 steps)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    models = args.models or (["llama-7b", "t5-base", "vit-b32"] if args.device == "cuda" else ["tiny"])
+    if args.device == "cuda" and not gpu:
+        parser.error("this machine has no CUDA device; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "peft", "transformers", "timm"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    results = {"command": shlex.join(sys.argv), "device": device_name, "versions": versions, "seed": args.seed, "models": {}}
+
+    console = Console()
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with bar if console.is_terminal else nullcontext():
+        for name in models:
+            task = bar.add_task(name, total=len(args.accumulation) * (len(args.methods) + 2))
+
+            def tick(what: str, task: int = task, name: str = name) -> None:
+                bar.update(task, advance=1, description=f"{name}, {what}")
+
+            torch.manual_seed(args.seed)
+            case = MODELS[name](args.device)
+            layers = [m for m in case.model.modules() if isinstance(m, LoraLayer)]
+            rows = measure(case, args.accumulation, ["plain LoRA", *args.methods], args.device, args.seconds, tick)
+            weights = sum(layer.get_base_layer().weight.numel() for layer in layers)
+            plain_ms = rows[0]["step_ms"]["median"]
+            results["models"][name] = {
+                "what": case.what, "layers": len(layers), "weights": weights, "plain_ms": plain_ms, "rows": rows
+            }  # fmt: skip
+            Console(width=max(console.width, 120)).print(table(name, results["models"][name]))
+            del case, layers
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"cost_{'cpu' if args.device == 'cpu' else device_name.lower().replace(' ', '-')}"
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    picture(results, stem.with_suffix(".png"))
+    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

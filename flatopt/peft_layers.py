@@ -20,7 +20,12 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 def family(module: nn.Module) -> str:
     """``"lora"``, ``"adalora"``, ``"loha"``, ... from where PEFT defines the layer."""
-    for cls in type(module).__mro__:
+    return _family(type(module))
+
+
+@functools.cache
+def _family(module_type: type) -> str:
+    for cls in module_type.__mro__:
         if cls.__module__.startswith("peft.tuners."):
             return cls.__module__.split(".")[2]
     return ""
@@ -80,7 +85,7 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
     # lora.ParamWrapper and friends have lora_A too, but for stacked experts: they tell their delta themselves
     if kind == "adalora":
         return Delta(factors=tuple(_adalora(layer, name) for name in adapters))
-    if kind == "lora" and not hasattr(layer, "parameter_name"):
+    if kind == "lora" and "parameter_name" not in layer.__dict__:
         factors = [_lora(layer, name, weight) for name in adapters]
         if None not in factors:
             return _with_dora(layer, adapters, factors, weight)
@@ -117,12 +122,12 @@ def _lora(layer: nn.Module, name: str, weight: Tensor):
     if name in layer.lora_embedding_A:  # delta = (B A)^T: a row is one token's vector
         return layer.lora_embedding_A[name].t(), layer.lora_embedding_B[name].t(), scaling
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    groups = getattr(layer.get_base_layer(), "groups", 1)
+    groups = layer.get_base_layer().__dict__.get("groups", 1)  # a miss in nn.Module's own lookup raises: slow, each step
     if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
         A = torch.cat([ranks.chunk(groups, dim=1)[group] for group, ranks in enumerate(A.chunk(groups))])
         B = torch.block_diag(*B.flatten(1).chunk(groups))
     A, B = A.flatten(1), B.flatten(1)
-    rows, fan_in = weight.shape[0], weight[0].numel()
+    rows, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
     if transposed(layer):
         rows, fan_in = fan_in, rows
     fits = B.shape[0] == rows and A.shape[1] == fan_in and B.shape[1] == A.shape[0]

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from .delta import Delta
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:

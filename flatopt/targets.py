@@ -33,7 +33,9 @@ class Target:
 
     @property
     def parameter(self) -> Tensor:
-        return getattr(self.module, self.name)
+        # nn.Module's own lookup costs as much as all else here together, several times a weight and step
+        parameter = self.module._parameters.get(self.name)
+        return getattr(self.module, self.name) if parameter is None else parameter
 
     @property
     def weight(self) -> Tensor:

@@ -1,5 +1,7 @@
 """When W is perturbed: from the first training forward of a step to ``step()``, and in no evaluation between."""
 
+import signal
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,9 +17,26 @@ _open = weakref.WeakSet()  # windows whose weights are perturbed now
 
 
 @contextmanager
+def _uninterrupted():
+    # Ctrl-C waits: weights perturbed halfway could not be restored
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting = []
+    signal.signal(signal.SIGINT, lambda *args: waiting.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if waiting:
+        handler(*waiting[0])
+
+
+@contextmanager
 def _writing():
     # in inference mode a write would not move the version counter; leaving that mode turns gradients on
-    with torch.inference_mode(False), torch.no_grad():
+    with _uninterrupted(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -5,6 +5,9 @@ import gc
 import io
 import math
 import pickle
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -228,6 +231,38 @@ def test_a_forward_that_raises(run):
     optimizer.restore()
     assert not changed(model, before)
     goes_on(model, optimizer, before)
+
+
+@pytest.mark.parametrize("restore", EXACT)
+@pytest.mark.parametrize("during", ["perturb", "restore"])
+def test_ctrl_c_while_weights_are_written(during, restore):
+    weights = [nn.Parameter(torch.randn(1000, 1000), requires_grad=False) for _ in range(4)]
+    clean = [w.detach().clone() for w in weights]
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1),
+        [{"params": weights}],
+        sigma=0.1,
+        schedule="constant",
+        restore=restore,
+    )
+    optimizer.perturb(), optimizer.restore()  # warm
+    if during == "restore":
+        optimizer.perturb()
+    # perturbing takes tens of milliseconds, putting a copy back a few
+    delay = 0.002 if (during, restore) == ("restore", "copy") else 0.015
+
+    def interrupted():
+        presses = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+        presses.start()
+        getattr(optimizer, during)()
+        presses.join()
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    optimizer.restore()
+    assert all(torch.equal(bits(w), bits(c)) for w, c in zip(weights, clean))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("restore", EXACT)

@@ -390,7 +390,7 @@ def _kind(draw, factors: "tuple | None") -> tuple:
     if factors is None or factors[1] is None:
         return rows.device, rows.dtype, packed, torch.float32, torch.float32, 16
     B, A, _, _ = factors
-    return rows.device, rows.dtype, packed, A.dtype, B.dtype, max(16, triton.next_power_of_2(A.shape[0]))
+    return rows.device, rows.dtype, packed, A.dtype, B.dtype, max(16, 1 << (A.shape[0] - 1).bit_length())
 
 
 def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: list) -> Callable[[], None]:

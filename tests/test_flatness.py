@@ -448,12 +448,13 @@ def test_suggested_sigma_is_where_the_expected_rise_reaches_the_threshold():
     assert above.suggested == 0.02
 
 
-def test_a_loss_that_overflows_has_reached_the_threshold():
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_loss_that_overflows_has_reached_the_threshold(bad):
     model, W = one_layer("LoRA")
 
     def breaks(model, batch):
         out = model(batch).square().sum() / W.square().sum()
-        return out * 1e-6 if (out - clean).abs() < 0.5 else out * float("inf")
+        return out * 1e-6 if (out - clean).abs() < 0.5 else out * bad
 
     x = [torch.ones(1, 16)]
     clean = (x[0] @ W.t()).square().sum() / W.square().sum()

@@ -189,9 +189,11 @@ def picture(result: dict, path: Path) -> None:
     axes[0, 0].set_yscale("symlog", linthresh=1e-9, linscale=0.5)
     axes[0, 0].set_ylim(bottom=-2e-10)
     axes[1, 0].set_ylim(0.8, 1.1)
-    axes[0, 1].legend(
-        fontsize=8, ncols=3, loc="center", title="reversible and copy: 0 in all three dtypes", title_fontsize=8
-    )
+    for axis in axes[0]:
+        axis.annotate(
+            "reversible and copy: 0 in all three dtypes", (0.5, 0.07), xycoords="axes fraction", ha="center", fontsize=8
+        )
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=9, loc="outside lower center")
     args = result["arguments"]
     figure.suptitle(
         f"LoRA on digits, {args['steps']} steps at σ = {args['sigma']} (cosine), {args['seeds']} seeds: mean and range",

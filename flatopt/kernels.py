@@ -39,7 +39,8 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 # What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
 ROWS, PAIRS, WARPS = 16, 64, 4
 SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
-NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 16, 256, 4, 4
+NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+MAX_RANK = 64  # beyond it the small matrices of _norms no longer fit shared memory everywhere
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 # The table of layers: one int64 row each, of these fields.
@@ -344,7 +345,13 @@ def _toggle(
 
 def takes(draw) -> bool:
     """Whether the kernel can toggle this weight; the rest goes the reference's way."""
-    return draw.rows.is_cuda and draw.rows.dtype in DTYPES and draw.noise != "element"
+    rows = draw.rows
+    return rows.dtype in DTYPES and draw.noise != "element" and (rows.dtype != torch.bfloat16 or _has_bf16(rows.device))
+
+
+@functools.cache
+def _has_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or not APPROX or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fuse(draws: list) -> Callable[[], None]:
@@ -378,7 +385,9 @@ def _factors(draw) -> "tuple | None":
     if not delta.factors:
         return None, None, 0.0, draw.target.square_sums(draw.rows)
     B, A, scaling = delta.factors[0]
-    if isinstance(scaling, Tensor) or A.device != draw.rows.device or A.dtype not in DTYPES or B.dtype not in DTYPES:
+    if isinstance(scaling, Tensor) or A.shape[0] > MAX_RANK or A.dtype not in DTYPES or B.dtype not in DTYPES:
+        return None
+    if not A.device == B.device == draw.rows.device:
         return None
     return B, A, scaling, draw.target.square_sums(draw.rows)
 

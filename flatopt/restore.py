@@ -28,6 +28,9 @@ class Draw:
     std: Tensor | None = None
 
 
+FUSED_ON = {"cuda"}  # device types
+
+
 @functools.cache
 def _kernels():
     try:
@@ -38,10 +41,10 @@ def _kernels():
 
 
 def reversible_(draws: "list[Draw]") -> Callable[[], None]:
-    kernels = _kernels() if any(draw.rows.is_cuda for draw in draws) else None
+    kernels = _kernels() if any(draw.rows.device.type in FUSED_ON for draw in draws) else None
     fused, others = [], []
     for draw in draws:
-        (fused if kernels is not None and kernels.takes(draw) else others).append(draw)
+        (fused if kernels and draw.rows.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
     toggles = [kernels.fuse(fused)] if fused else []

@@ -1,0 +1,335 @@
+"""The Triton kernels against the reference twin, on a CUDA device; without one, small cases in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import bits
+from torch import nn
+
+from flatopt import FlatPerturbOptimizer, noise, restore
+from flatopt.reference import standard_deviation
+from flatopt.reversible import grid, toggle_
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIGMA, SEED, SCALING = 0.05, 3, 2.0
+
+runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="no CUDA device; these run again in Triton's interpreter below")
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run as they are")
+def test_the_tests_below_in_tritons_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(restore, "FUSED_ON", {DEVICE})
+    from flatopt import kernels
+
+    fused = []
+    fuse = kernels.fuse
+    monkeypatch.setattr(kernels, "fuse", lambda draws: (fused.extend(draws), fuse(draws))[1])
+    kernels.fused = fused  # the draws that took the kernels' way
+    return kernels
+
+
+class LowRank(nn.Module):
+    """A frozen weight with factors B A of rank r; 0: none at all."""
+
+    def __init__(self, weight, r, factor_dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        rows, fan_in = weight.shape[0], weight[0].numel()
+        self.A = nn.Parameter(0.3 * torch.randn(r, fan_in, device=weight.device).to(factor_dtype))
+        self.B = nn.Parameter(0.02 * torch.randn(rows, r, device=weight.device).to(factor_dtype))
+
+    def low_rank_base(self):
+        return self.weight
+
+    def low_rank_delta(self):
+        return self.B, self.A, SCALING
+
+
+def gaussian(*shape, dtype, scale=0.02):
+    return (scale * torch.randn(*shape, device=DEVICE)).to(dtype)
+
+
+def strange(rows, columns, dtype):
+    weight = gaussian(rows, columns, dtype=dtype)
+    weight[0, :5] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")])
+    weight[1] = 0.0
+    weight[2, :3] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal / 4])
+    return weight
+
+
+# name -> (weight, rank): aligned or not, odd, one row, one column, transposed, every other row, conv kernels
+LAYOUTS = {
+    "aligned": (lambda dtype: gaussian(40, 512, dtype=dtype), 8),
+    "odd": (lambda dtype: gaussian(19, 333, dtype=dtype), 3),
+    "rank 20": (lambda dtype: gaussian(16, 128, dtype=dtype), 20),
+    "rank 64": (lambda dtype: gaussian(70, 128, dtype=dtype), 64),
+    "rank 65": (lambda dtype: gaussian(70, 128, dtype=dtype), 65),
+    "rank 0": (lambda dtype: gaussian(20, 128, dtype=dtype), 0),
+    "one row": (lambda dtype: gaussian(1, 1000, dtype=dtype), 2),
+    "one column": (lambda dtype: gaussian(37, 1, dtype=dtype), 1),
+    "transposed": (lambda dtype: gaussian(64, 24, dtype=dtype).t(), 4),
+    "strided": (lambda dtype: gaussian(24, 80, dtype=dtype)[::2, 8:72], 4),
+    "unaligned": (lambda dtype: gaussian(8 * 64 + 1, dtype=dtype)[1:].view(8, 64), 4),
+    "conv": (lambda dtype: gaussian(12, 8, 3, 3, dtype=dtype), 4),
+    "channels_last": (lambda dtype: gaussian(12, 8, 3, 3, dtype=dtype).to(memory_format=torch.channels_last), 4),
+}
+
+
+def optimizer_for(*modules, **options):
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    options = {"schedule": "constant", "sigma": SIGMA, "seed": SEED, **options}
+    return FlatPerturbOptimizer(torch.optim.SGD(parameters, lr=0.0), [{"modules": modules}], **options)
+
+
+@torch.no_grad()
+def reference(index, target, clean):
+    """What the torch path makes of the weight, on the CPU, and its std."""
+    module = target.module
+    update = (SCALING * module.B.double() @ module.A.flatten(1).double()).cpu()
+    weight = clean.cpu()
+    flat = target.rows_of(weight).clone()
+    update = torch.empty_like(weight, dtype=torch.float64).copy_(update.view(weight.shape))  # strides and all
+    std = standard_deviation(flat, target.rows_of(update), SIGMA)
+    key = noise.sub_key(noise.step_key(SEED, 0, 0), index + 1)
+    toggle_(flat, grid(std.float(), SIGMA, weight.dtype), key)
+    return flat, std
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_is_the_references_and_restoring_is_exact(kernels, dtype):
+    modules = [LowRank(make(dtype), r).to(DEVICE) for make, r in LAYOUTS.values()]
+    clean = [module.weight.detach().clone(memory_format=torch.preserve_format) for module in modules]
+    optimizer = optimizer_for(*modules)
+    optimizer.perturb()
+    assert len(kernels.fused) == len(modules)
+    for index, (name, draw) in enumerate(zip(LAYOUTS, kernels.fused)):
+        expected, std = reference(index, draw.target, clean[index])
+        rows, before = draw.rows.cpu(), draw.target.rows_of(clean[index]).cpu()
+        # tensor cores round A to W's dtype, or to tf32: averaged over a row, but one column is one rounding
+        rtol = 4e-3 if rows.shape[1] > 1 else 4e-2
+        torch.testing.assert_close(draw.std.cpu().double(), std, rtol=rtol, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        moved, should = (rows - before).double(), (expected - before).double()
+        off = (moved.abs() - should.abs()).abs() > 0.01 * std + 1e-6 * before.abs()
+        # where w/a is an integer but for rounding, the sides may differ; a step more or less where |z| is at its edge
+        assert off.sum() <= 0.02 * off.numel() + 2, (name, off.float().mean())
+        assert (moved * should < 0).sum() <= 0.05 * off.numel() + 2, name
+        assert (moved != 0).sum() >= 0.7 * off.numel() - 4, name
+    optimizer.restore()
+    for name, module, before in zip(LAYOUTS, modules, clean):
+        assert torch.equal(bits(module.weight), bits(before)), name
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sigma", [1e-4, 0.05, 2.0])
+def test_odd_bits_come_back(kernels, dtype, sigma):
+    modules = [LowRank(strange(20, 64, dtype), 4), LowRank(strange(9, 33, dtype).t().contiguous().t(), 2)]
+    clean = [module.weight.detach().clone() for module in modules]
+    optimizer = optimizer_for(*modules, sigma=sigma)
+    for _ in range(3):
+        optimizer.perturb()
+        optimizer.restore()
+        for module, before in zip(modules, clean):
+            assert torch.equal(bits(module.weight), bits(before))
+        optimizer.step()
+    assert kernels.fused
+
+
+@runs
+@pytest.mark.parametrize("kind", ["layer", "isotropic", "dense", "element", "fp64"])
+def test_what_the_kernels_do_not_compute_is_computed_by_torch(kernels, kind):
+    weight = gaussian(24, 96, dtype=torch.float64 if kind == "fp64" else torch.float32)
+    module = LowRank(weight, 4)
+    if kind == "dense":
+        module.low_rank_delta = None
+        LowRankDense = type("LowRankDense", (LowRank,), {"low_rank_delta": lambda self: SCALING * self.B @ self.A})
+        module = LowRankDense(weight, 4)
+    clean = weight.detach().clone()
+    optimizer = optimizer_for(module, noise=kind if kind in ("layer", "isotropic", "element") else "filter")
+    optimizer.perturb()
+    assert bool(kernels.fused) == (kind not in ("element", "fp64"))
+    eps = (module.weight - clean).double()
+    merged = clean.double() + (SCALING * module.B @ module.A).double()
+    if kind == "element":
+        z = (eps / (SIGMA * clean)).flatten()
+    elif kind in ("layer", "isotropic"):
+        z = (eps / (SIGMA * merged.square().mean().sqrt())).flatten()
+    else:
+        z = (eps / (SIGMA * merged.square().mean(1, keepdim=True).sqrt())).flatten()
+    assert 0.85 < z.std() < 1.1  # 2304 draws: +-.06 at four sigma, and some weights that stay
+    optimizer.restore()
+    assert torch.equal(bits(module.weight), bits(clean))
+
+
+@runs
+def test_noise_does_not_depend_on_the_launch(kernels, monkeypatch):
+    module = LowRank(gaussian(20, 264, dtype=torch.bfloat16), 8)
+    clean = module.weight.detach().clone()
+    seen = []
+    for rows, pairs, warps in [(16, 64, 4), (8, 32, 2), (32, 128, 8)]:
+        for name, value in zip(("ROWS", "PAIRS", "WARPS"), (rows, pairs, warps)):
+            monkeypatch.setattr(kernels, name, value)
+        optimizer = optimizer_for(module)
+        optimizer.perturb()
+        seen.append(bits(module.weight).clone())
+        optimizer.restore()
+        del optimizer
+    strided = LowRank(torch.empty(20, 2 * 264, dtype=torch.bfloat16, device=DEVICE)[:, ::2].copy_(clean), 8)
+    strided.A, strided.B = module.A, module.B
+    optimizer = optimizer_for(strided)
+    optimizer.perturb()
+    assert all(torch.equal(other, seen[0]) for other in seen[1:])
+    # another order of summation may change the last bit of a row's std, and so where a rare element is rounded to
+    assert (bits(strided.weight) == seen[0]).double().mean() > 0.995
+
+
+@runs
+def test_a_graph_that_saved_the_perturbed_weight_notices_the_restore(kernels):
+    module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    y = (x @ module.weight.t()).sum()
+    optimizer.restore()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@runs
+def test_a_write_to_the_perturbed_weight_raises(kernels):
+    module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    with torch.no_grad():
+        module.weight[0, 0] = 1.0
+    with pytest.raises(RuntimeError, match="written to or replaced"):
+        optimizer.restore()
+
+
+# --- a GPU's own ----------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu(kernels):
+    modules = [LowRank(gaussian(64, 256, dtype=torch.bfloat16), 8) for _ in range(3)]
+    optimizer = optimizer_for(*modules)
+    optimizer.perturb()  # compiles, and finds the square sums of W
+    optimizer.restore()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.perturb()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_than_2_to_the_31_elements(kernels, dtype):
+    weight = torch.empty(2**19 + 16, 4104, device="cuda", dtype=dtype).normal_(0, 0.02)
+    module = LowRank(weight, 8)
+    clean = weight.clone()
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    last = (module.weight[-64:] - clean[-64:]).float()
+    std = SIGMA * (clean[-64:].float() + SCALING * (module.B[-64:] @ module.A)).square().mean(1, keepdim=True).sqrt()
+    assert 0.9 < (last / std).std() < 1.02
+    optimizer.restore()
+    view = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    assert all(torch.equal(a, b) for a, b in zip(module.weight.view(view).chunk(64), clean.view(view).chunk(64)))
+
+
+def standardised(sigma=1.0, dtype=torch.float32, steps=1, shape=(2048, 4096), layers=2):
+    """eps/std, float64 (steps, layers, *shape), of constant rows, all of whose elements can move."""
+    # far from 0 and from the next binade, so that nothing stays and what is measured is the noise alone
+    modules = [LowRank(torch.full(shape, 1.5, device="cuda", dtype=dtype), 1) for _ in range(layers)]
+    for module in modules:
+        nn.init.zeros_(module.B)
+    optimizer = optimizer_for(*modules, sigma=sigma)
+    seen = []
+    for _ in range(steps):
+        optimizer.perturb()
+        seen.append(torch.stack([(m.weight.detach().double() - 1.5) / (1.5 * sigma) for m in modules]))
+        optimizer.step()
+    return torch.stack(seen)
+
+
+@gpu
+@pytest.mark.gpu
+def test_noise_is_gaussian(kernels):
+    z = standardised(sigma=0.01).flatten()
+    n = z.numel()
+    assert abs(z.mean()) < 4 / n**0.5
+    assert abs(z.std() - 1) < 4 / (2 * n) ** 0.5 + 2e-4  # 16-bit cells, and rounding to the grid
+    assert abs((z / z.std()).pow(4).mean() - 3) < 4 * (24 / n) ** 0.5 + 2e-3
+    assert abs((z / z.std()).pow(3).mean()) < 4 * (6 / n) ** 0.5
+    for tail in (1.0, 2.0, 3.0, 4.0):
+        p = torch.special.erfc(torch.tensor(tail / 2**0.5, dtype=torch.float64)).item()
+        assert abs((z.abs() > tail).double().mean() - p) < 4 * (p / n) ** 0.5 + 0.02 * p, tail
+    assert z.abs().max() < 4.9
+
+
+@gpu
+@pytest.mark.gpu
+def test_noise_is_independent_across_steps_layers_rows_and_columns(kernels):
+    z = standardised(sigma=0.01, steps=2)
+    first = z[0, 0]
+    pairs = {
+        "steps": (first, z[1, 0]),
+        "layers": (first, z[0, 1]),
+        "rows": (first[1:], first[:-1]),
+        "next column": (first[:, 1:], first[:, :-1]),
+        "column in the pair": (first[:, 0::2], first[:, 1::2]),
+        "pairs": (first[:, 2:], first[:, :-2]),
+        "columns 2048 apart": (first[:, 2048:], first[:, :2048]),
+    }
+    for name, (x, y) in pairs.items():
+        for power in (1, 2):  # correlated squares would be dependent sizes
+            a, b = (t.pow(power) - t.pow(power).mean() for t in (x, y))
+            assert abs((a * b).mean() / (a.std() * b.std())) < 4.5 / x.numel() ** 0.5, (name, power)
+
+
+@gpu
+@pytest.mark.gpu
+def test_training_on_the_gpu_leaves_w_as_it_was():
+    from peft import LoraConfig, get_peft_model
+
+    for options in ({}, {"use_dora": True}):
+        base = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).to("cuda", torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False, **options))
+        clean = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = FlatPerturbOptimizer(inner, model, sigma=0.1, total_steps=20)
+        x, y = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16), torch.randint(8, (256,), device="cuda")
+        for step in range(20):
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+            assert optimizer.is_perturbed == (step >= 0)
+            loss.backward()
+            with torch.no_grad():  # in the midst of a step
+                model(x[:2])
+            optimizer.step()
+            optimizer.zero_grad()
+            now = dict(model.named_parameters())
+            assert all(torch.equal(bits(now[name]), bits(w)) for name, w in clean.items())
+        assert loss.isfinite()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .groups import read_groups
 from .replay import random_state, running_statistics_kept
-from .targets import local
+from .sharding import fsdp_modules, local
 from .wrapper import OptimizerWrapper
 
 SPACES = ("adapter", "full")
@@ -183,7 +183,8 @@ class SAM(OptimizerWrapper):
 
     def _perturbed_parameters(self) -> "list[Tensor]":
         if self.space == "full":
-            _reshard(self._roots)
+            for module in fsdp_modules(self._roots):
+                module.reshard()
             self._check_targets()
             parameters = [target.parameter for target in self._targets]
         else:
@@ -244,13 +245,6 @@ class SAM(OptimizerWrapper):
 def _check_rho(rho: float) -> None:
     if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-
-
-def _reshard(roots: "list[nn.Module]") -> None:
-    """FSDP2 leaves weights unsharded after an evaluation; then what is set on them is lost, and no gradient asked for."""
-    for module in (module for root in roots for module in root.modules()):
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):
-            module.reshard()
 
 
 @contextmanager

@@ -71,4 +71,4 @@ def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
     It keeps gathered copies between forward and backward and after an evaluation. ``reshard()`` gives them up, so that the
     next forward or backward gathers what was written to the shards meanwhile.
     """
-    return [m for root in roots for m in root.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    return [m for root in roots for m in root.modules() if hasattr(type(m), "unshard") and hasattr(type(m), "reshard")]

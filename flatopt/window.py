@@ -11,7 +11,7 @@ from torch import nn
 
 from .noise import step_key, sub_key
 from .restore import RESTORES, Draw
-from .sharding import fsdp_modules, is_sharded, shard_index
+from .sharding import fsdp_modules, shard_index
 
 _open = weakref.WeakSet()  # windows whose weights are perturbed now
 
@@ -45,7 +45,7 @@ class Window:
 
     def __init__(self, roots: "list[nn.Module]"):
         self._roots = roots
-        self._fsdp = []  # modules in the roots that FSDP2 shards
+        self._fsdp = fsdp_modules(roots)
         self.is_open = False
         self.held = False  # inside ``with perturbed()``: forwards do not toggle
         self.one_scale = False  # inside ``step(closure)``: the adapter moves between evaluations, the noise must not
@@ -62,6 +62,8 @@ class Window:
         """Perturb the targets of ``(group, sigma_t)``; all of them or, if anything raises, none."""
         if self.is_open:
             return
+        if not self._fsdp and any(hasattr(type(root), "unshard") for root in self._roots):
+            self._fsdp = fsdp_modules(self._roots)  # sharded since the optimizer was made
         self._reshard()
         key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
         for group, sigma in groups:
@@ -79,8 +81,6 @@ class Window:
             remade = [draw for draw in draws if draw.target.remade]
             kept = [draw for draw in draws if not draw.target.remade]
             plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
-        if not self._fsdp and any(is_sharded(d.target.parameter) for _, draws in plans for d in draws):
-            self._fsdp = fsdp_modules(self._roots)
         others = set().union(*(window.modules() for window in _open))
         for _, draws in plans:
             for draw in draws:

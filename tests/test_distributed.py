@@ -164,7 +164,7 @@ def fsdp_run(rank, config, dtype, options):
     steps = []
     for step in range(STEPS):
         before = all_full(model)
-        if step % 2:  # an evaluation leaves the root's weights gathered
+        if step % 2 == 0:  # an evaluation leaves the root's weights gathered, before the first step too
             with torch.no_grad():
                 model.eval()(batch(dtype=dtype)[0])
             model.train()

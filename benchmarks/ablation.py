@@ -10,12 +10,14 @@ settings and seed but for ``reference``. ``base.json`` has what the studies shar
 the plain objective) and σ are chosen first, on validation data and on seeds of their own.
 
 A run is a task, settings and a seed. Its metrics go to ``benchmarks/results/ablation_<task>.json``, and a run that is there
-is not run again, whichever study asks for it. Runs are shared out to processes of one thread each, which share the GPU.
+is not run again, whichever study asks for it; runs on another device or with other versions do not count, so that no pair is
+mixed. Runs are shared out to processes of one thread each, which share the GPU.
 """
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -24,7 +26,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 TASKS = ("digits", "text")
 TIMES = ("sigma", "labels", "steps")  # a row may give these relative to what was chosen: "sigma_times": 0.5
 SAVE_EVERY = 5.0  # seconds
@@ -59,35 +62,33 @@ def environment(task, device: str) -> dict:
 
 
 class Store:
-    """The results file of one task: ``environment``, ``tuned`` and ``runs``, each ``{config, seed, metrics}``."""
+    """The results file of one task: ``tuned``, ``environments`` and ``runs``, each ``{environment, config, seed, metrics}``.
+
+    Runs are looked up in one environment at a time, ``index``, so that pairs are never mixed from two.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.saved_at = path, time.monotonic()
+        self.path, self.saved_at, self.index = path, time.monotonic(), 0
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.environment, self.tuned = content.get("environment"), content.get("tuned", {})
-        self.runs = {self.key(r["config"], r["seed"]): r for r in content.get("runs", [])}
+        self.environments, self.tuned = content.get("environments", []), content.get("tuned", {})
+        self.runs = {self.key(r["environment"], r["config"], r["seed"]): r for r in content.get("runs", [])}
 
     @staticmethod
-    def key(config: dict, seed: int) -> str:
-        return json.dumps([config, seed], sort_keys=True)
+    def key(*of) -> str:
+        return json.dumps(of, sort_keys=True)
 
-    def check(self, now: dict) -> None:
-        if self.environment not in (None, now):
-            differs = [
-                f"{k}: {self.environment.get(k)} there, {now[k]} here" for k in now if self.environment.get(k) != now[k]
-            ]
-            raise SystemExit(
-                f"{self.path} was measured elsewhere ({'; '.join(differs)}) and pairs must not be mixed. Give another "
-                "folder with --results, or delete the file to measure anew"
-            )
-        self.environment = now
+    def enter(self, environment: dict) -> None:
+        if environment not in self.environments:
+            self.environments.append(environment)
+        self.index = self.environments.index(environment)
 
     def get(self, config: dict, seed: int) -> "dict | None":
-        found = self.runs.get(self.key(config, seed))
+        found = self.runs.get(self.key(self.index, config, seed))
         return found and found["metrics"]
 
     def add(self, config: dict, seed: int, metrics: dict) -> None:
-        self.runs[self.key(config, seed)] = {"config": config, "seed": seed, "metrics": metrics}
+        run = {"environment": self.index, "config": config, "seed": seed, "metrics": metrics}
+        self.runs[self.key(self.index, config, seed)] = run
         if time.monotonic() - self.saved_at > SAVE_EVERY:
             self.save()
 
@@ -95,7 +96,7 @@ class Store:
         """One run a line; written beside and moved, so that a run stopped at any time leaves a whole file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(self.runs[key]) for key in sorted(self.runs))
-        head = json.dumps({"environment": self.environment, "tuned": self.tuned}, indent=1)
+        head = json.dumps({"tuned": self.tuned, "environments": self.environments}, indent=1)
         beside = self.path.with_suffix(".part")
         beside.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n', encoding="utf-8")
         os.replace(beside, self.path)
@@ -152,41 +153,45 @@ class Runner:
     """Runs what a store lacks, in processes that live as long as the runner."""
 
     def __init__(self, name: str, args, store: Store, progress):
-        self.store, self.progress, self.name = store, progress, name
+        self.store, self.progress, self.name, self.failed = store, progress, name, []
         cache = args.cache
         _start(name, args.device, cache, args.quick)  # builds what the workers then find in the cache
-        store.check(environment(_task, args.device))
+        store.enter(environment(_task, args.device))
         given = (name, args.device, cache, args.quick)
         self.pool = None
         if args.workers > 1:
             self.pool = ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=_start, initargs=given)
 
+    def results(self, jobs: "list[tuple[dict, int]]"):
+        """``(job, function that gives its metrics or raises)``, as they are done."""
+        if self.pool is None:
+            for job in jobs:
+                yield job, lambda job=job: _run(*job)
+            return
+        futures = {self.pool.submit(_run, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result
+
     def __call__(self, jobs: "list[tuple[dict, int]]", what: str) -> None:
         missing = {Store.key(*job): job for job in jobs if self.store.get(*job) is None}
         bar = self.progress.add_task(f"{self.name}: {what}", total=len(missing))
         start = time.monotonic()
-        if self.pool is None:
-            for config, seed in missing.values():
-                self.store.add(config, seed, _run(config, seed))
+        try:
+            for job, result in self.results(list(missing.values())):
+                try:
+                    self.store.add(*job, result())
+                except Exception as error:  # the other runs are worth having
+                    self.failed.append(f"{job}: {type(error).__name__}: {error}")
                 self.progress.advance(bar)
-        else:
-            futures = {self.pool.submit(_run, *job): job for job in missing.values()}
-            try:
-                for future in as_completed(futures):
-                    self.store.add(*futures[future], future.result())
-                    self.progress.advance(bar)
-            except BaseException:
+        except BaseException:
+            if self.pool is not None:
                 self.pool.shutdown(wait=False, cancel_futures=True)
-                self.store.save()
-                raise
-        self.store.save()
+            raise
+        finally:
+            self.store.save()
         self.progress.console.print(
             f"{self.name}: {what}: {len(missing)} runs in {time.monotonic() - start:.0f} s, {len(jobs) - len(missing)} there"
         )
-
-
-def mean_accuracy(store: Store, config: dict, seeds: "list[int]", of: str) -> float:
-    return sum(store.get(config, seed)[of] for seed in seeds) / len(seeds)
 
 
 def tune(store: Store, base: dict, grid: dict, runner) -> None:
@@ -200,7 +205,8 @@ def tune(store: Store, base: dict, grid: dict, runner) -> None:
     runner([(config, seed) for config in plain.values() for seed in seeds], "learning rates")
 
     def score(config):
-        return mean_accuracy(store, config, seeds, "validation_accuracy")
+        found = [store.get(config, seed) for seed in seeds]
+        return -math.inf if None in found else sum(metrics["validation_accuracy"] for metrics in found)
 
     lr = {a: max(grid["lr"], key=lambda rate: score(plain[a, rate])) for a in ADAPTERS}
     flat = {s: canonical({**base, "objective": "flat", "lr": lr["lora"], "sigma": s}) for s in grid["sigma"]}
@@ -215,30 +221,37 @@ def main(arguments: "list[str] | None" = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, help="paired seeds a row, 0 to SEEDS-1 (default: 10; 2 with --quick)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; at most 8 on a GPU, which they share)")
     parser.add_argument("--results", type=Path, help="folder of the JSON (default: benchmarks/results)")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="folder for source models")
     parser.add_argument("--quick", action="store_true", help="tiny source models, a few steps; for CI")
     parser.add_argument("--report", action="store_true", help="only write tables and pictures")
     args = parser.parse_args(arguments)
     args.seeds = args.seeds or (2 if args.quick else 10)
-    args.results = args.results or HERE / "results" / ("quick" if args.quick else "")
+    args.results = args.results or (RESULTS / "quick" if args.quick else RESULTS)
     studies, base = read_studies(args.studies), read_base(args.quick)
     stores = {name: Store(args.results / f"ablation_{name}.json") for name in args.tasks}
-    if not args.report:
-        measure(args, studies, base, stores)
+    failed = [] if args.report else measure(args, studies, base, stores)
     import ablation_report
 
     ablation_report.write(args.results, studies, base, stores, args.seeds)
+    if args.results == RESULTS:
+        ablation_report.fill(HERE.parent / "docs" / "results.md", args.results)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed; run again to retry them:\n" + "\n".join(failed[:20]))
 
 
-def measure(args, studies: dict, base: dict, stores: "dict[str, Store]") -> None:
+def measure(args, studies: dict, base: dict, stores: "dict[str, Store]") -> "list[str]":
+    """Run what is missing; the runs that failed, with the reason."""
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.workers is None:
+        args.workers = os.cpu_count() if args.device == "cpu" else min(8, os.cpu_count())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    failed = []
     with Progress(*columns) as progress:
         for name, store in stores.items():
             runner = Runner(name, args, store, progress)
@@ -251,6 +264,8 @@ def measure(args, studies: dict, base: dict, stores: "dict[str, Store]") -> None
             )
             if runner.pool is not None:
                 runner.pool.shutdown()
+            failed += runner.failed
+    return failed
 
 
 if __name__ == "__main__":

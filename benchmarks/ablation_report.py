@@ -1,6 +1,8 @@
 """Tables and pictures from the results of ``ablation.py``: paired differences, 95 % t-intervals, Holm over each table."""
 
 import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +38,15 @@ def holm(p_values: "list[float]") -> "list[float]":
 
 
 def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
-    """``(name, metrics by seed, metrics of the reference by seed)`` of the rows of which every seed was run."""
-    found = []
-    for name, config, reference in pairs(study, base, store.tuned) if store.tuned else ():
-        both = [[store.get(c, seed) for seed in range(seeds)] for c in (config, reference)]
-        if None not in both[0] + both[1]:
-            found.append((name, *both))
-    return found
+    """``(name, metrics by seed, metrics of the reference by seed)`` of every row, from the first environment in which all
+    seeds of all rows were run; empty if there is none. ``store.index`` is left at that environment."""
+    rows = pairs(study, base, store.tuned) if store.tuned else []
+    for index in range(len(store.environments)):
+        store.index = index
+        found = [(row[0], *([store.get(c, seed) for seed in range(seeds)] for c in row[1:])) for row in rows]
+        if found and all(None not in side for row in found for side in row[1:]):
+            return found
+    return []
 
 
 def differences(rows, take) -> "list[tuple[float, float, float, float]]":
@@ -183,26 +187,46 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
     for name, study in studies.items():
         by_task = {task: complete(store, study, base[task], seeds) for task, store in stores.items()}
         by_task = {task: rows for task, rows in by_task.items() if rows}
-        if not by_task:
-            continue
-        pictures = [f"ablation_{name}.png"]
-        if study.get("by") == "landscape":
-            pictures = landscape_pictures(folder, by_task)
-        elif study.get("by") == "severity":
-            severity_picture(folder / pictures[0], study["title"], by_task)
-        else:
-            differences_picture(folder / pictures[0], study["title"], by_task)
-        make_table = {"severity": severity_table, "landscape": landscape_table}.get(study.get("by"), table)
-        parts.append(f"## {study['title']}\n\n{study['question']}\n\n`python benchmarks/ablation.py {name}`\n")
-        for task, rows in by_task.items():
-            parts.append(f"**{task}**, {seeds} paired seeds\n\n{make_table(rows)}\n")
-            if "pristine_accuracy" in rows[0][1][0]:
-                parts.append(f"{pristine_table(rows)}\n")
-            if study.get("costs") and "peak_mb" in rows[0][1][0]:
-                parts.append(f"{cost_table(rows)}\n")
-        parts += [f"![{study['title']}]({picture})\n" for picture in pictures]
+        if by_task:
+            where = {task: stores[task].environments[stores[task].index]["device"] for task in by_task}
+            parts.append(section(folder, name, study, by_task, where, seeds))
     if parts:
-        (folder / "ablation.md").write_text(f"{head(stores)}\n" + "\n".join(parts), encoding="utf-8")
+        (folder / "ablation.md").write_text("\n".join([head(stores), *parts]), encoding="utf-8")
+
+
+def section(folder: Path, name: str, study: dict, by_task: dict, where: dict, seeds: int) -> str:
+    """A study in Markdown; its pictures are saved on the way."""
+    by, pictures = study.get("by"), [f"ablation_{name}.png"]
+    if by == "landscape":
+        pictures = landscape_pictures(folder, by_task)
+    elif by == "severity":
+        severity_picture(folder / pictures[0], study["title"], by_task)
+    else:
+        differences_picture(folder / pictures[0], study["title"], by_task)
+    make_table = {"severity": severity_table, "landscape": landscape_table}.get(by, table)
+    parts = [f"## {study['title']}", study["question"], f"`python benchmarks/ablation.py {name}`"]
+    for task, rows in by_task.items():
+        parts += [f"**{task}**, {seeds} paired seeds, {where[task]}", make_table(rows)]
+        if "pristine_accuracy" in rows[0][1][0]:
+            parts.append(pristine_table(rows))
+        if study.get("costs") and "peak_mb" in rows[0][1][0]:
+            parts.append(cost_table(rows))
+    parts += [f"![{study['title']}]({picture})" for picture in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Put the sections of ``ablation.md`` into ``page``, each between the marks ``<!-- (a) -->`` and ``<!-- end -->``."""
+    written = (folder / "ablation.md").read_text(encoding="utf-8").split("\n## ")
+    by_letter = {part[:3]: part.split("\n\n", 1)[1].strip() for part in written[1:]}
+    by_letter["(0)"] = written[0].split("\n\n", 1)[1].strip()
+    where = os.path.relpath(folder, page.parent)
+    text = page.read_text(encoding="utf-8")
+    for letter, content in by_letter.items():
+        content = content.replace("](ablation_", f"]({where}/ablation_")
+        pattern = re.escape(f"<!-- {letter} -->") + ".*?" + re.escape("<!-- end -->")
+        text = re.sub(pattern, lambda _, c=content, l=letter: f"<!-- {l} -->\n{c}\n<!-- end -->", text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
 
 
 def head(stores: dict) -> str:
@@ -218,6 +242,7 @@ def head(stores: dict) -> str:
         if store.tuned:
             lr = ", ".join(f"{adapter} {rate:g}" for adapter, rate in store.tuned["lr"].items())
             seeds = store.tuned["grid"]["seeds"]
-            where = ", ".join(f"{key} {value}" for key, value in store.environment.items())
-            lines.append(f"- {task}: σ {store.tuned['sigma']:g}, lr {lr}; chosen on seeds {seeds[0]}-{seeds[-1]}. {where}.")
+            lines.append(f"- {task}: σ {store.tuned['sigma']:g}, lr {lr}; chosen on seeds {seeds[0]}-{seeds[-1]}.")
+            for environment in store.environments:
+                lines.append(f"  - {', '.join(f'{key} {value}' for key, value in environment.items())}")
     return "\n".join([*lines, ""])

@@ -1,5 +1,6 @@
 """One run of the ablation benchmark: an adapter, an objective, a task and a seed, to a dict of metrics."""
 
+import copy
 import time
 
 import torch
@@ -198,7 +199,7 @@ def trained(task, config: dict, seed: int) -> "tuple[nn.Module, float]":
 @torch.no_grad()
 def evaluate(model: nn.Module, sets: "list[tuple[torch.Tensor, torch.Tensor]]") -> "tuple[list[float], list[float]]":
     """Accuracies in per cent and mean cross-entropies in nats, one a set."""
-    dtype = next(iter(base_weights(model).values())).dtype
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
     sizes = [len(y) for _, y in sets]
     x, y = torch.cat([x for x, _ in sets]), torch.cat([y for _, y in sets])
     logits = torch.cat([model(c.to(dtype) if c.is_floating_point() else c).float() for c in x.split(1024)])
@@ -220,6 +221,12 @@ def measure(model: nn.Module, task, config: dict, seed: int) -> dict:
     return metrics
 
 
+def deployed(model: nn.Module) -> nn.Module:
+    """A copy with the adapter merged, as it would be served."""
+    copied = copy.deepcopy(model)
+    return copied.merge_and_unload() if hasattr(copied, "merge_and_unload") else copied
+
+
 def run(task, config: dict, seed: int) -> dict:
     """Train and measure. For a flat run in a short float also what restoring has done to W, and to the adapter when it is
     served on the pristine W."""
@@ -229,7 +236,7 @@ def run(task, config: dict, seed: int) -> dict:
     costs = {"ms_a_step": round(1e3 * step_seconds, 2)}
     if task.device == "cuda":
         costs["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    metrics = measure(model, task, config, seed)
+    metrics = measure(deployed(model) if config["dtype"] == "float32" else model, task, config, seed)
     if config["landscape"]:
         metrics |= landscape(model, task, config, seed)
     if config["dtype"] != "float32":
@@ -241,13 +248,14 @@ def landscape(model: nn.Module, task, config: dict, seed: int) -> dict:
     """The training loss around the merged weights, in eval mode: its mean rise under the noise of Eq. 7 at σ = 0.3, along a
     filter-normalised random line of each seed, and, for seed 0, over a plane."""
     around = (model, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), [task.train(seed, config["labels"])])
-    curve = flatness.loss_curve(*around, points=21, seed=seed)
+    line, plane = (5, 3) if task.quick else (21, 15)
+    curve = flatness.loss_curve(*around, points=line, seed=seed)
     found = {
         "expected_sharpness": round(flatness.expected_sharpness(*around, sigma=0.3, draws=16, seed=seed).value, 5),
         "curve": {"position": curve.position.round(4).tolist(), "loss": curve.loss.round(5).tolist()},
     }
     if seed == 0:
-        surface = flatness.loss_surface(*around, points=15, seed=seed)
+        surface = flatness.loss_surface(*around, points=plane, seed=seed)
         found["surface"] = {"position": surface.position.round(4).tolist(), "loss": surface.loss.round(4).tolist()}
     return found
 

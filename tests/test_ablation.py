@@ -202,7 +202,7 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
     ablation.main(arguments)
     assert again == [(lost["config"], lost["seed"])]
 
-    stored["digits"]["environment"]["torch"] = "0.1"
+    stored["digits"]["environments"][0]["torch"] = "0.1"  # runs of another version count for nothing here
     (tmp_path / "ablation_digits.json").write_text(json.dumps(stored["digits"]))
-    with pytest.raises(SystemExit, match=r"torch: 0\.1 there"):
-        ablation.main(arguments)
+    ablation.main(arguments)
+    assert len(again) == 1 + (5 + 4) * 2

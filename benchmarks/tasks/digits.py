@@ -5,6 +5,7 @@ A seed has a source model, labels, validation images and corruptions of its own;
 
 import functools
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +39,9 @@ class DigitsTransfer:
         model = digits.source_model(digits.load(seed).source, seed, steps=10 if self.quick else 400)
         for p in model.parameters():
             p.grad = None
-        torch.save(model, file)
+        beside = file.with_suffix(f".{os.getpid()}")
+        torch.save(model, beside)  # another process may be building it too
+        os.replace(beside, file)
         return model.to(self.device)
 
     def train(self, seed: int, labels: int) -> "tuple[Tensor, Tensor]":

@@ -176,7 +176,7 @@ class Text:
     labels_are = "labels a class"
     corruption_is = "typing errors (share of characters: " + ", ".join(f"{share:.0%}" for share in TYPING_ERRORS) + ")"
     ood_is = "comments instead of docstrings"
-    pretraining = (3000, 256)  # steps, passages a step
+    pretraining = (2000, 256)  # steps, passages a step
 
     def __init__(self, device: str, cache: Path, quick: bool = False):
         self.device, self.quick = device, quick
@@ -228,7 +228,7 @@ class Text:
             model = self.new_model().train()
             head = nn.Linear(model.config.dim, int(modules.max()) + 1).to(self.device)
             optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], weight_decay=0.01)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=steps, pct_start=0.1)
             generator = torch.Generator().manual_seed(0)
             for _ in range(steps):
                 index = torch.randint(len(data), (batch,), generator=generator)
@@ -239,6 +239,7 @@ class Text:
                 tell = F.cross_entropy(head(mean_over_tokens(output.hidden_states[-1], x)), y)
                 optimizer.zero_grad()
                 (fill_in + tell).backward()
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
                 optimizer.step()
                 schedule.step()
         done = f"{len(data)} passages of {head.out_features} modules, {steps} steps of {batch}"

@@ -98,6 +98,24 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
     return Delta(dense=total.flatten(1))
 
 
+def plain_lora(layer: nn.Module) -> "list | None":
+    """All that a LoRA layer's delta follows from, if that is but its A and B, to be compared by identity; else None."""
+    if family(layer) != "lora" or "parameter_name" in layer.__dict__:
+        return None
+    state = [layer.disable_adapters]
+    A_of, B_of = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    for name in layer.active_adapters:
+        state.append(name)
+        if name in A_of:
+            A, B = A_of[name]._parameters.get("weight"), B_of[name]._parameters.get("weight")
+            if A is None or B is None or isinstance(layer.scaling[name], Tensor):
+                return None
+            state += (A, B, layer.scaling[name])
+        elif _has(layer, name):
+            return None
+    return state
+
+
 def _has(layer: nn.Module, adapter: str) -> bool:
     return any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
 

@@ -1,5 +1,6 @@
 """Which frozen weights are perturbed."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -9,7 +10,7 @@ from . import peft_layers
 from .delta import Delta, custom_delta, no_delta, registered
 from .reversible import GRID_BITS
 from .scale import weight_square_sums
-from .sharding import local, local_delta, splits_rows_only
+from .sharding import is_sharded, local, local_delta, splits_rows_only
 
 
 class Target:
@@ -23,13 +24,13 @@ class Target:
         self.layer, self._delta_of, self._layout = layer, delta_of, layout
         self.version_moves = hasattr(layer, "parameter_name")  # PEFT's ParamWrapper: parametrize calls set_ in each forward
         self.remade = False  # a new parameter after each forward: only a copy can restore it
-        self._square_sums = (None, None)
+        self._square_sums = self._known_delta = (None, None)
 
     def __repr__(self) -> str:
         return f"Target({self.path})"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_square_sums": (None, None)}
+        return {**self.__dict__, "_square_sums": (None, None), "_known_delta": (None, None)}
 
     @property
     def parameter(self) -> Tensor:
@@ -61,6 +62,20 @@ class Target:
 
     def delta(self) -> Delta:
         """What the low-rank module adds to the weight."""
+        # a plain LoRA layer's factors are its parameters: while the layer has the same, so is their Delta, and PEFT's
+        # look-ups, which cost more than all else on the way to a step, can be left out
+        state = peft_layers.plain_lora(self.layer) if self._delta_of is peft_layers.peft_delta else None
+        known, delta = self._known_delta
+        if state is None or known is None or len(state) != len(known) or not all(map(operator.is_, state, known)):
+            delta = self._find_delta()
+            ids = set(map(id, state or ()))
+            whole = all(id(B) in ids and id(A) in ids for B, A, _ in delta.factors)
+            derived = delta.dense is not None or delta.row_norm is not None or delta.alpha is not None
+            keep = whole and not derived and not is_sharded(self.parameter)
+            self._known_delta = (state, delta) if keep else (None, None)
+        return delta
+
+    def _find_delta(self) -> Delta:
         with torch.no_grad():
             whole = self.parameter.detach()
             weight = local(whole)
@@ -83,7 +98,7 @@ class Target:
 
     def square_sums(self, rows: Tensor) -> Tensor:
         """Row sums of squares of W alone, kept as long as nobody but flatopt changes W."""
-        weight = self.weight
+        weight = local(self.parameter)
         key = (weight.data_ptr(), weight._version)
         if self._square_sums[0] != key:
             self._square_sums = (key, weight_square_sums(rows))
@@ -91,7 +106,7 @@ class Target:
 
     def came_back(self) -> None:
         """W has its old bits again: what is cached still holds, under the new version."""
-        weight = self.weight
+        weight = local(self.parameter)
         key, sums = self._square_sums
         if sums is not None and key[0] == weight.data_ptr():
             self._square_sums = ((key[0], weight._version), sums)
@@ -124,7 +139,9 @@ class Target:
                 f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
                 "FSDP2, where each rank keeps rows of the weight"
             )
-        if not splits_rows_only(parameter, {"rows": (0,), "columns": (1,), "experts": (0, 1)}[self._layout]):
+        if is_sharded(parameter) and not splits_rows_only(
+            parameter, {"rows": (0,), "columns": (1,), "experts": (0, 1)}[self._layout]
+        ):
             raise ValueError(
                 f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
                 "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"
@@ -139,7 +156,7 @@ class Target:
                 f"{path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
                 "training"
             )
-        hook = getattr(self.module, "_hf_hook", None)
+        hook = self.module.__dict__.get("_hf_hook")
         if getattr(hook, "offload", False):
             raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .noise import step_key, sub_key
 from .restore import RESTORES, Draw
-from .sharding import fsdp_modules, shard_index
+from .sharding import fsdp_modules, local, shard_index
 
 _open = weakref.WeakSet()  # windows whose weights are perturbed now
 
@@ -71,11 +71,12 @@ class Window:
             for target in group["targets"]:
                 index += 1
                 target.check()
-                if sigma > 0 and target.weight.data_ptr() not in tied:
-                    tied.add(target.weight.data_ptr())
+                weight = target.weight
+                if sigma > 0 and weight.data_ptr() not in tied:
+                    tied.add(weight.data_ptr())
                     part = shard_index(target.parameter)
                     own = sub_key(sub_key(key, index), part) if part else sub_key(key, index)
-                    draw = Draw(target, target.rows(), own, sigma, group["noise"])
+                    draw = Draw(target, target.rows_of(weight), own, sigma, group["noise"])
                     draw.std = self._std.get(draw.key) if self.one_scale else None
                     draws.append(draw)
             remade = [draw for draw in draws if draw.target.remade]
@@ -121,7 +122,9 @@ class Window:
             if self.suspended_by is None:
                 self._run_undo()
             for target, _, weight, _ in self._seen:
-                if target.weight.data_ptr() != weight.data_ptr():  # model.to(...) since then: what it should have moved
+                if (
+                    local(target.parameter).data_ptr() != weight.data_ptr()
+                ):  # model.to(...) since then: what it should have moved
                     target.weight.copy_(weight)
         finally:
             self._plans, self._seen, self._undo, self.suspended_by = [], [], [], None
@@ -166,7 +169,8 @@ class Window:
 
     def _mark(self) -> None:
         targets = [draw.target for _, draws in self._plans for draw in draws]
-        self._seen = [(t, t.parameter, t.weight, t.weight._version) for t in targets]
+        weights = [target.weight for target in targets]
+        self._seen = [(t, t.parameter, weight, weight._version) for t, weight in zip(targets, weights)]
 
 
 def close_around(module: nn.Module) -> None:

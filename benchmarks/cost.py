@@ -7,8 +7,9 @@ Methods: plain LoRA; FlatPerturbOptimizer in each restore mode; the procedure of
 from its description; SAM on the adapter and on the frozen weights. Models are made from their configurations with random
 weights: what they compute has no meaning, what it costs does. Steps are timed back to back, with device events on a GPU and
 the wall clock on a CPU; a cell is the median over the repeats after a warm-up, its spread half the range between the
-quartiles. Plain is timed first and last, so its spread shows what drifted. Perturb and restore are timed by themselves with
-the host ahead of the device, as it is in training. Results: ``cost_<device>.json`` and ``.png`` in ``benchmarks/results``.
+quartiles. Plain is timed before and after each method; a ratio is to the median of these two runs. Perturb and restore are
+timed by themselves with the host ahead of the device, as it is in training. Results: ``cost_<device>.json`` and ``.png`` in
+``benchmarks/results``; models that are not measured again stay in them.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def vit_b32(device: str) -> Case:
     with torch.device(device):
         base = timm.create_model("vit_base_patch32_224", num_classes=100)
         images, labels = torch.randn(32, 3, 224, 224), torch.randint(100, (32,))
-    model = _adapted(base, target_modules=["qkv", "proj", "fc1", "fc2"])
+    model = _adapted(base, target_modules=["qkv", "attn.proj", "fc1", "fc2"])
 
     def loss() -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -261,9 +262,8 @@ def made(make: Callable, case: Case) -> Iterator[Plain]:
         method.__dict__.clear()
 
 
-def time_steps(method: Plain, accumulation: int, device: str, seconds: float) -> "tuple[list[float], float | None]":
-    """Milliseconds of each step after the warm-up, and the peak memory."""
-    started = time.perf_counter()
+def time_steps(method: Plain, accumulation: int, device: str, seconds: float, least: int) -> "tuple[list[float], float]":
+    """Milliseconds of each step after the warm-up, and the peak memory. At least ``least`` steps."""
     for _ in range(WARM_UP if accumulation == 1 else 1):
         method.step(accumulation)
     if device == "cuda":
@@ -271,8 +271,7 @@ def time_steps(method: Plain, accumulation: int, device: str, seconds: float) ->
     peak, clock = Peak(device), Clock(device)
     clock.mark()
     repeats, began = 0, time.perf_counter()
-    started = began
-    while repeats < 3 or (time.perf_counter() - started < seconds and repeats < 100):
+    while repeats < least or (time.perf_counter() - began < seconds and repeats < 100):
         method.step(accumulation)
         clock.mark()
         repeats += 1
@@ -307,24 +306,32 @@ def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device
     """Rows of results; ``tick(what)`` before each cell."""
     rows = []
     for accumulation in accumulations:
-        plain, cells = [], {}
-        for name in [*methods, "plain LoRA"]:
+        cells, around, plain = {}, [], []
+        for name in ["plain LoRA"] + [name for method in methods for name in (method, "plain LoRA")]:
             tick(f"accumulation {accumulation}: {name}")
+            is_plain = name == "plain LoRA"
             with made(METHODS[name], case) as method:
-                samples, peak = time_steps(method, accumulation, device, seconds / 2 if name == "plain LoRA" else seconds)
-                if name == "plain LoRA":
-                    plain += samples
-                    samples = plain
-                cells.setdefault(name, {"peak_gb": peak}).update(step_ms=summary(samples))
+                samples, peak = time_steps(
+                    method, accumulation, device, seconds / (2 if is_plain else 1), 2 if is_plain else 3
+                )
+                cell = {} if is_plain else cells.setdefault(name, {"step_ms": summary(samples)})
                 if hasattr(method, "perturb"):
                     there, back = time_toggles(method, device, 5)
                     both = [a + b for a, b in zip(there, back)]
-                    cells[name].update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
-        base = cells["plain LoRA"]
-        for name, cell in cells.items():
-            over = None if cell["peak_gb"] is None else cell["peak_gb"] - base["peak_gb"]
-            ratio = cell["step_ms"]["median"] / base["step_ms"]["median"]
-            rows.append({"method": name, "accumulation": accumulation, **cell, "ratio": ratio, "peak_gb_over_plain": over})
+                    cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
+            if is_plain:
+                if around:  # the method before stands between two plain runs: what drifts hits both alike
+                    done = cells[methods[len(around) - 1]]
+                    done["ratio"] = done["step_ms"]["median"] / statistics.median(around[-1] + samples)
+                around.append(samples)
+                plain += samples
+                plain_peak = peak
+            else:
+                cell["peak_gb"], cell["peak_gb_over_plain"] = peak, None if peak is None else peak - plain_peak
+        row = {"step_ms": summary(plain), "ratio": 1.0, "peak_gb": plain_peak, "peak_gb_over_plain": plain_peak and 0.0}
+        rows += [
+            {"method": name, "accumulation": accumulation, **cell} for name, cell in {"plain LoRA": row, **cells}.items()
+        ]
     return rows
 
 
@@ -413,13 +420,16 @@ def main() -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    results = {"command": shlex.join(sys.argv), "device": device_name, "versions": versions, "seed": args.seed, "models": {}}
+    stem = args.out / f"cost_{'cpu' if args.device == 'cpu' else device_name.lower().replace(' ', '-')}"
+    file = stem.with_suffix(".json")
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"models": {}}
+    results["device"] = device_name
 
     console = Console()
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     with bar if console.is_terminal else nullcontext():
         for name in models:
-            task = bar.add_task(name, total=len(args.accumulation) * (len(args.methods) + 2))
+            task = bar.add_task(name, total=len(args.accumulation) * (2 * len(args.methods) + 1))
 
             def tick(what: str, task: int = task, name: str = name) -> None:
                 bar.update(task, advance=1, description=f"{name}, {what}")
@@ -427,20 +437,19 @@ def main() -> None:
             torch.manual_seed(args.seed)
             case = MODELS[name](args.device)
             layers = [m for m in case.model.modules() if isinstance(m, LoraLayer)]
-            rows = measure(case, args.accumulation, ["plain LoRA", *args.methods], args.device, args.seconds, tick)
+            rows = measure(case, args.accumulation, args.methods, args.device, args.seconds, tick)
             weights = sum(layer.get_base_layer().weight.numel() for layer in layers)
             plain_ms = rows[0]["step_ms"]["median"]
-            results["models"][name] = {
-                "what": case.what, "layers": len(layers), "weights": weights, "plain_ms": plain_ms, "rows": rows
-            }  # fmt: skip
+            run = {"command": shlex.join(sys.argv), "versions": versions, "seed": args.seed}
+            sizes = {"what": case.what, "layers": len(layers), "weights": weights, "plain_ms": plain_ms}
+            results["models"][name] = {**run, **sizes, "rows": rows}
             Console(width=max(console.width, 120)).print(table(name, results["models"][name]))
             del case, layers
 
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"cost_{'cpu' if args.device == 'cpu' else device_name.lower().replace(' ', '-')}"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     picture(results, stem.with_suffix(".png"))
-    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
+    console.print(f"written: {file}, {stem.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

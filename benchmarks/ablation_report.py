@@ -65,7 +65,7 @@ def shown(reference: float, mean: float, half: float, p: float, digits: int) -> 
 
 def table(rows) -> str:
     """A Markdown table: for each quantity the reference's mean and the paired difference from it."""
-    heads = " | ".join(f"{title} of reference | Δ" for title in COLUMNS)
+    heads = " | ".join(f"reference: {title} | Δ" for title in COLUMNS)
     lines = [f"| | {heads} |", "|---" * (1 + 2 * len(COLUMNS)) + "|"]
     columns = [[shown(*d, digits) for d in differences(rows, take)] for take, digits in COLUMNS.values()]
     lines += [f"| {row[0]} | {' | '.join(column[i] for column in columns)} |" for i, row in enumerate(rows)]

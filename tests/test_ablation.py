@@ -190,6 +190,15 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
         assert picture in page
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
+    letter = page.split("\n## ")[1][:3]
+    (tmp_path / "results.md").write_text(f"words\n<!-- {letter} -->\nold\n<!-- end -->\nmore words\n")
+    report.fill(tmp_path / "results.md", tmp_path)
+    filled = (tmp_path / "results.md").read_text()
+    assert "\nold\n" not in filled
+    assert expected in filled
+    assert filled.startswith("words")
+    assert filled.endswith("more words\n")
+
     def not_again(*_):
         raise AssertionError("a run that is there was run again")
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import noise
-from .reversible import GRID_BITS, _delta_table
+from .reversible import _delta_table, grid_bits
 from .scale import fill_std
 
 MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
@@ -423,7 +423,7 @@ def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: 
         else:
             draw.std = std
     weights, sigma = [draw.rows for draw, _ in members], members[0][0].sigma
-    below = math.frexp(sigma)[1] - 1 + GRID_BITS[dtype]
+    below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, dtype)
 
     if any(factors is not None for _, factors in members):
         tiles = _tiles(shapes, NORM_ROWS, None, device)

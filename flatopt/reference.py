@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .reversible import BITS, GRID_BITS
+from .reversible import BITS, grid_bits
 
 
 def standard_deviation(weight: Tensor, update: Tensor, sigma: float) -> Tensor:
@@ -19,8 +19,8 @@ def standard_deviation(weight: Tensor, update: Tensor, sigma: float) -> Tensor:
 
 
 def grid_step(std: Tensor, sigma: float, dtype: torch.dtype) -> Tensor:
-    """The power of two that moves are multiples of: 2^-GRID_BITS in the binade of the row's rms = std/sigma, about."""
-    exponent = torch.floor(torch.log2(std.double())) - math.floor(math.log2(sigma)) - GRID_BITS[dtype]
+    """The power of two that moves are multiples of: 2^-grid_bits in the binade of the row's rms = std/sigma, about."""
+    exponent = torch.floor(torch.log2(std.double())) - math.floor(math.log2(sigma)) - grid_bits(sigma, dtype)
     return torch.exp2(exponent).clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 

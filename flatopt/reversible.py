@@ -41,6 +41,16 @@ class Grid(NamedTuple):
     step: Tensor
 
 
+def grid_bits(sigma: float, dtype: torch.dtype) -> int:
+    """log2(row rms / grid), about: one less than GRID_BITS where the noise is below the spacing of the weights.
+
+    Few elements move then, by one step of the grid, and weights a binade up must be able to take it too. Without this a
+    row of bf16 loses up to 15 % of its noise's std at sigma .001, with it 2 %.
+    """
+    bits = GRID_BITS[dtype]
+    return bits - 1 if sigma * 2**bits < 1 else bits
+
+
 @functools.cache
 def _delta_table(device: torch.device) -> Tensor:
     """delta(rho) at rho = 2^-8 ... 2^6, 16 points an octave."""
@@ -62,7 +72,7 @@ def grid(std: Tensor, sigma: float, dtype: torch.dtype) -> Grid:
     """The grid for noise of standard deviation ``std`` = ``sigma`` x rms, on weights of type ``dtype``."""
     std = std.float()
     _, exponent = torch.frexp(std)
-    step = torch.ldexp(torch.ones_like(std), exponent - 1 - (math.frexp(sigma)[1] - 1) - GRID_BITS[dtype])
+    step = torch.ldexp(torch.ones_like(std), exponent - 1 - (math.frexp(sigma)[1] - 1) - grid_bits(sigma, dtype))
     step = step.clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     rho = std / step
     table = _delta_table(std.device)

@@ -204,10 +204,16 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "run", not_again)
     ablation.main(arguments)
+    known = {ablation.Store.key(r["config"], r["seed"]): r["metrics"] for r in stored["digits"]["runs"]}
     lost = stored["digits"]["runs"].pop()
     (tmp_path / "ablation_digits.json").write_text(json.dumps(stored["digits"]))
     again = []
-    monkeypatch.setattr(train, "run", lambda task, config, seed: again.append((config, seed)) or lost["metrics"])
+
+    def remember(task, config, seed):
+        again.append((config, seed))
+        return known[ablation.Store.key(config, seed)]
+
+    monkeypatch.setattr(train, "run", remember)
     ablation.main(arguments)
     assert again == [(lost["config"], lost["seed"])]
 

@@ -3,11 +3,10 @@
 A task is a class ``Task(device, cache, quick)`` with
 
 - ``name``; ``targets``: names of the linear layers that get adapters; ``trained_head``: a module trained in full, or None;
-- ``fingerprint``: hash of its data, so that results of different data are never compared;
+- ``fingerprint``: hash of its data (and of its source model), so that results of different data are never compared;
 - ``model(seed)``: a fresh copy of the source model; ``train(seed, labels)``: the labelled tensors ``(x, y)``;
 - ``evaluation(seed, labels)``: ``{"validation" | "test" | "ood" | "corrupted": [(x, y), ...]}``, all of it disjoint from
-  ``train(seed, labels)``; ``corrupted`` has five entries or a multiple of five, sorted by severity;
-- ``labels_are``, ``corruption_is``, ``ood_is``: words for the report.
+  ``train(seed, labels)``; ``corrupted`` has five entries or a multiple of five, sorted by severity.
 
 What is expensive is built once and cached in the folder ``cache``.
 """

@@ -22,9 +22,6 @@ class DigitsTransfer:
     name = "digits"
     targets = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     trained_head = None  # as in the paper's CLIP recipe
-    labels_are = "labels"
-    corruption_is = "mean over " + ", ".join(digits.CORRUPTIONS)
-    ood_is = "the source domain"
 
     def __init__(self, device: str, cache: Path, quick: bool = False):
         self.device, self.cache, self.quick = device, cache, quick

@@ -7,7 +7,7 @@ from different files. Out of domain: the ``#`` comments of the test files. Corru
 characters.
 
 All text is read from the installed packages, nothing is downloaded. It is a function of their versions alone; results carry
-the versions and :attr:`Text.fingerprint`, the hash of what was read, so that those of other versions are not mixed up.
+the versions and :attr:`Text.fingerprint`, the hashes of what was read and of the source model, so that none are mixed up.
 """
 
 import ast
@@ -173,9 +173,6 @@ class Text:
     name = "text"
     targets = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
     trained_head = "head"
-    labels_are = "labels a class"
-    corruption_is = "typing errors (share of characters: " + ", ".join(f"{share:.0%}" for share in TYPING_ERRORS) + ")"
-    ood_is = "comments instead of docstrings"
     pretraining = (2000, 256)  # steps, passages a step
 
     def __init__(self, device: str, cache: Path, quick: bool = False):
@@ -190,7 +187,10 @@ class Text:
             cache.mkdir(parents=True, exist_ok=True)
             torch.save(self.build(), file)
         built = torch.load(file, map_location=device, weights_only=True)
-        self.fingerprint, self.parts, self.corrupted = built["fingerprint"], built["parts"], built["corrupted"]
+        self.parts, self.corrupted = built["parts"], built["corrupted"]
+        # a GPU does not train the same source model twice, and a pair must have one
+        weights = b"".join(w.cpu().numpy().tobytes() for w in built["encoder"].values())
+        self.fingerprint = f"{built['fingerprint']}-{hashlib.sha256(weights).hexdigest()[:8]}"
         self.encoder = self.new_model().distilbert
         self.encoder.load_state_dict(built["encoder"])
 

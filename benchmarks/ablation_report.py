@@ -40,7 +40,7 @@ def holm(p_values: "list[float]") -> "list[float]":
 def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
     """``(name, metrics by seed, metrics of the reference by seed)`` of every row, from the first environment in which all
     seeds of all rows were run; empty if there is none. ``store.index`` is left at that environment."""
-    rows = pairs(study, base, store.tuned) if store.tuned else []
+    rows = [row for row in pairs(study, base, store.tuned) if row[1] != row[2]] if store.tuned else []
     for index in range(len(store.environments)):
         store.index = index
         found = [(row[0], *([store.get(c, seed) for seed in range(seeds)] for c in row[1:])) for row in rows]
@@ -188,13 +188,15 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
         by_task = {task: complete(store, study, base[task], seeds) for task, store in stores.items()}
         by_task = {task: rows for task, rows in by_task.items() if rows}
         if by_task:
+            other = {**study, "reference": study.get("also_against", {})}
+            also = {task: complete(stores[task], other, base[task], seeds) for task in by_task}
             where = {task: stores[task].environments[stores[task].index]["device"] for task in by_task}
-            parts.append(section(folder, name, study, by_task, where, seeds))
+            parts.append(section(folder, name, study, by_task, also, where, seeds))
     if parts:
         (folder / "ablation.md").write_text("\n".join([head(stores), *parts]), encoding="utf-8")
 
 
-def section(folder: Path, name: str, study: dict, by_task: dict, where: dict, seeds: int) -> str:
+def section(folder: Path, name: str, study: dict, by_task: dict, also: dict, where: dict, seeds: int) -> str:
     """A study in Markdown; its pictures are saved on the way."""
     by, pictures = study.get("by"), [f"ablation_{name}.png"]
     if by == "landscape":
@@ -207,6 +209,8 @@ def section(folder: Path, name: str, study: dict, by_task: dict, where: dict, se
     parts = [f"## {study['title']}", study["question"], f"`python benchmarks/ablation.py {name}`"]
     for task, rows in by_task.items():
         parts += [f"**{task}**, {seeds} paired seeds, {where[task]}", make_table(rows)]
+        if "also_against" in study:
+            parts += [f"The same runs against {study['also_against']['name']}:", table(also[task])]
         if "pristine_accuracy" in rows[0][1][0]:
             parts.append(pristine_table(rows))
         if study.get("costs") and "peak_mb" in rows[0][1][0]:

@@ -116,7 +116,7 @@ def differences_picture(path: Path, title: str, by_task: dict) -> None:
     from matplotlib.figure import Figure
 
     rows = max(len(r) for r in by_task.values())
-    figure = Figure(figsize=(5 * len(by_task), 1.4 + 0.32 * rows), layout="constrained")
+    figure = Figure(figsize=(5 * len(by_task), 1.7 + 0.32 * rows), layout="constrained")
     for axes, (task, rows) in zip(figure.subplots(1, len(by_task), squeeze=False)[0], by_task.items()):
         y = np.arange(len(rows))[::-1]
         for shift, name, colour in ((0.13, "accuracy, %", "C0"), (-0.13, "corrupted, %", "C1")):
@@ -125,7 +125,7 @@ def differences_picture(path: Path, title: str, by_task: dict) -> None:
         axes.axvline(0, color="0.6", lw=1, zorder=0)
         axes.set_yticks(y, [row[0] for row in rows])
         axes.set(title=task, xlabel="difference from the reference, points")
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

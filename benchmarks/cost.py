@@ -264,8 +264,8 @@ def made(make: Callable, case: Case) -> Iterator[Plain]:
 
 def time_steps(method: Plain, accumulation: int, device: str, seconds: float, least: int) -> "tuple[list[float], float]":
     """Milliseconds of each step after the warm-up, and the peak memory. At least ``least`` steps."""
-    for _ in range(WARM_UP if accumulation == 1 else 1):
-        method.step(accumulation)
+    for _ in range(WARM_UP):
+        method.step(1)
     if device == "cuda":
         torch.cuda.synchronize()
     peak, clock = Peak(device), Clock(device)
@@ -303,7 +303,7 @@ def summary(samples: "list[float]") -> dict:
 
 
 def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device: str, seconds: float, tick: Callable):
-    """Rows of results; ``tick(what)`` before each cell."""
+    """Rows of results, yielded as far as they are, after each accumulation; ``tick(what)`` before each cell."""
     rows = []
     for accumulation in accumulations:
         cells, around, plain = {}, [], []
@@ -332,7 +332,7 @@ def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device
         rows += [
             {"method": name, "accumulation": accumulation, **cell} for name, cell in {"plain LoRA": row, **cells}.items()
         ]
-    return rows
+        yield rows
 
 
 # --- showing --------------------------------------------------------------------------------------------------------------
@@ -420,6 +420,7 @@ def main() -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"cost_{'cpu' if args.device == 'cpu' else device_name.lower().replace(' ', '-')}"
     file = stem.with_suffix(".json")
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"models": {}}
@@ -437,17 +438,15 @@ def main() -> None:
             torch.manual_seed(args.seed)
             case = MODELS[name](args.device)
             layers = [m for m in case.model.modules() if isinstance(m, LoraLayer)]
-            rows = measure(case, args.accumulation, args.methods, args.device, args.seconds, tick)
             weights = sum(layer.get_base_layer().weight.numel() for layer in layers)
-            plain_ms = rows[0]["step_ms"]["median"]
             run = {"command": shlex.join(sys.argv), "versions": versions, "seed": args.seed}
-            sizes = {"what": case.what, "layers": len(layers), "weights": weights, "plain_ms": plain_ms}
-            results["models"][name] = {**run, **sizes, "rows": rows}
+            sizes = {"what": case.what, "layers": len(layers), "weights": weights}
+            for rows in measure(case, args.accumulation, args.methods, args.device, args.seconds, tick):
+                results["models"][name] = {**run, **sizes, "plain_ms": rows[0]["step_ms"]["median"], "rows": rows}
+                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             Console(width=max(console.width, 120)).print(table(name, results["models"][name]))
             del case, layers
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     picture(results, stem.with_suffix(".png"))
     console.print(f"written: {file}, {stem.with_suffix('.png')}")
 

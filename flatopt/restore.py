@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reversible
-from .reversible import CHUNK
+from .reversible import chunk_size
 from .scale import fill_std
 
 
@@ -95,7 +95,7 @@ def _add_gaussian_(draw: Draw, sign: int, scale: Tensor | None = None) -> None:
     rows = draw.rows
     generator = torch.Generator(rows.device).manual_seed((draw.key[0] << 31) ^ draw.key[1])
     work = torch.promote_types(rows.dtype, torch.float32)
-    tall = max(1, CHUNK // rows.shape[1])
+    tall = max(1, chunk_size(rows.device) // rows.shape[1])
     for top in range(0, rows.shape[0], tall):
         w = rows[top : top + tall]
         z = torch.empty(w.shape, dtype=work, device=w.device).normal_(generator=generator)

@@ -30,7 +30,7 @@ from . import noise
 # nothing and leaves room for outliers and large sigma in the integer arithmetic.
 GRID_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 16, torch.float64: 16}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-CHUNK = 1 << 17  # elements worked on at a time: the temporaries stay in cache, and small
+CHUNK = 1 << 17  # elements worked on at a time on a CPU: the temporaries stay in cache, and small
 
 
 class Grid(NamedTuple):
@@ -89,8 +89,12 @@ def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, block: Tensor) -> Ten
     return block.bitwise_xor_(signed).view(a.dtype).add_(w)  # the parity of the block went to the sign bit
 
 
-def _chunks(rows: int, columns: int):
-    tall, wide = max(1, CHUNK // max(columns, 1)), max(1, min(columns, CHUNK))
+def chunk_size(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else CHUNK << 4  # elsewhere the number of launches counts
+
+
+def _chunks(rows: int, columns: int, size: int):
+    tall, wide = max(1, size // max(columns, 1)), max(1, min(columns, size))
     for top in range(0, rows, tall):
         for left in range(0, columns, wide):
             yield slice(top, top + tall), slice(left, left + wide)
@@ -113,8 +117,8 @@ def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]") -> None:
     narrow = work != dtype
     # all that a chunk needs, allocated once; memory traffic is what this costs, so nothing is copied in vain
     kinds = [work, work, BITS[work], BITS[work], dtype] + narrow * [work, dtype, dtype]
-    buffers = [torch.empty(min(matrix.numel(), CHUNK), dtype=kind, device=device) for kind in kinds]
-    for here in _chunks(rows, columns):
+    buffers = [torch.empty(min(matrix.numel(), chunk_size(device)), dtype=kind, device=device) for kind in kinds]
+    for here in _chunks(rows, columns, chunk_size(matrix.device)):
         part, top = matrix[here], here[0]
         a, q, block, other, clean, *casts = (b[: part.numel()].view(part.shape) for b in buffers)
         z = noise.normals((keys[0][top], keys[1][top]), here[1].start, part.shape[1])
@@ -159,7 +163,7 @@ def toggle_elements_(matrix: Tensor, sigma: float, key: "tuple[int, int]") -> No
         odd = torch.div(_log2(w.abs()), _log2(ratio)).floor_().to(BITS[work]).bitwise_and_(1).bool()
         return torch.where(odd.logical_xor_(down), w / ratio, w * ratio).to(dtype)
 
-    for here in _chunks(rows, columns):
+    for here in _chunks(rows, columns, chunk_size(matrix.device)):
         clean = matrix[here].contiguous()
         w = clean.to(work)
         z = noise.normals((keys[0][here[0]], keys[1][here[0]]), here[1].start, w.shape[1])

@@ -225,16 +225,16 @@ def main(arguments: "list[str] | None" = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of the JSON (default: benchmarks/results)")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="folder for source models")
     parser.add_argument("--quick", action="store_true", help="tiny source models, a few steps; for CI")
-    parser.add_argument("--report", action="store_true", help="only write tables and pictures")
+    parser.add_argument("--report", action="store_true", help="train nothing, write tables and pictures of what is there")
     args = parser.parse_args(arguments)
     args.seeds = args.seeds or (2 if args.quick else 10)
     args.results = args.results or (RESULTS / "quick" if args.quick else RESULTS)
     studies, base = read_studies(args.studies), read_base(args.quick)
-    stores = {name: Store(args.results / f"ablation_{name}.json") for name in args.tasks}
-    failed = [] if args.report else measure(args, studies, base, stores)
+    stores = {name: Store(args.results / f"ablation_{name}.json") for name in TASKS}
+    failed = [] if args.report else measure(args, studies, base, {name: stores[name] for name in args.tasks})
     import ablation_report
 
-    ablation_report.write(args.results, studies, base, stores, args.seeds)
+    ablation_report.write(args.results, read_studies([]), base, stores, args.seeds)
     if args.results == RESULTS:
         ablation_report.fill(HERE.parent / "docs" / "results.md", args.results)
     if failed:

@@ -123,9 +123,9 @@ def test_noise_is_the_references_and_restoring_is_exact(kernels, dtype):
     for index, (name, draw) in enumerate(zip(LAYOUTS, kernels.fused)):
         expected, std, update = reference(index, draw.target, clean[index])
         rows, before = draw.rows.cpu(), draw.target.rows_of(clean[index]).cpu()
-        # tensor cores round A to W's dtype, or to tf32: errors of W's and BA's own sizes, however they cancel
+        # A is rounded to W's dtype, or to tf32, by truncation at worst: errors of W's and BA's sizes, however they cancel
         sizes = standard_deviation(before, torch.zeros(()), SIGMA) + standard_deviation(update, torch.zeros(()), SIGMA)
-        assert ((draw.std.cpu().double().square() - std.square()).abs() <= 4e-3 * sizes.square()).all(), name
+        assert ((draw.std.cpu().double().square() - std.square()).abs() <= 8e-3 * sizes.square()).all(), name
         moved, should = (rows - before).double(), (expected - before).double()
         off = (moved.abs() - should.abs()).abs() > 0.01 * std + 1e-6 * before.abs()
         # where w/a is an integer but for rounding, the sides may differ; a step more or less where |z| is at its edge

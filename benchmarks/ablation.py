@@ -29,7 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TASKS = ("digits", "text")
-TIMES = ("sigma", "labels", "steps")  # a row may give these relative to what was chosen: "sigma_times": 0.5
+TIMES = ("sigma", "lr", "labels", "steps")  # a row may give these relative to what was chosen: "sigma_times": 0.5
 SAVE_EVERY = 5.0  # seconds
 
 
@@ -115,7 +115,7 @@ def settings(base: dict, tuned: dict, *overrides: dict) -> dict:
         factor = given.pop(f"{key}_times", 1)
         if factor != 1:
             value = given[key] * factor
-            given[key] = value if key == "sigma" else round(value)
+            given[key] = value if key in ("sigma", "lr") else round(value)
     return canonical(given)
 
 

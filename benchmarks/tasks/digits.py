@@ -1,4 +1,4 @@
-"""The digits transfer of ``examples/digits.py``: a small timm ViT, adapted to turned, bent, dark-on-light digits.
+"""The digits transfer of ``examples/digits.py``: a small timm ViT, adapted to turned, bent, paler digits.
 
 A seed has a source model, labels, validation images and corruptions of its own; the 600 test images are the same for all.
 """

@@ -6,11 +6,11 @@ needs no download: a small ViT is trained on handwritten digits and adapted, fro
 bent and paler (see ``digits.py``). Both runs of a seed share the source model, the adapter's initial values, the batches
 and the test images; they differ in the one line in :func:`finetune` that wraps the optimizer.
 
-The settings on digits were chosen by validation accuracy on seeds 100 to 103 (``tune_digits.py`` repeats it): first lr (5e-3, 1e-2,
-2e-2) and steps (100 to 800, more helps a little) for plain LoRA alone, then sigma at those. 0.45 was best of 0.15 to 0.6 at
-400 steps and of 0.15 to 0.8 at 800 (there on two of the seeds). The seeds reported here, 0 and up, and the test images
-played no part. Runs differ so much from seed to seed that a gain of a point or two may not show in the eight of the default;
-docs/results/finetune_vit.json has 40 (3 minutes on an H200 with 16 cores).
+The settings on digits were chosen by validation accuracy on seeds 100 to 103 (``tune_digits.py`` repeats it): first lr
+(5e-3, 1e-2, 2e-2) and steps (100 to 800, more helps a little) for plain LoRA alone, then sigma at those. 0.45 was best of
+0.15 to 0.6 at 400 steps and of 0.15 to 0.8 at 800 (there on two of the seeds). The seeds reported here, 0 and up, and the
+test images played no part. Runs differ so much from seed to seed that a gain of a point or two may not show in the eight of
+the default; docs/results/finetune_vit.json has 40 (3 minutes on an H200 with 16 cores).
 
     python examples/finetune_vit.py --model vit_base_patch32_clip_224.openai --pretrained --data cifar100
 

@@ -196,9 +196,10 @@ def _dora_embedding(layer: nn.Module, adapters: "list[str]", weight: Tensor) -> 
 
 def restore_before_merging(layer: nn.Module, restore) -> None:
     """Have PEFT's merge and unload, which read W directly, put clean weights back first."""
-    tuners = sys.modules["peft.tuners.tuners_utils"]
-    for cls, name in ((type(layer), "merge"), (tuners.BaseTuner, "unload"), (tuners.BaseTuner, "merge_and_unload")):
-        method = getattr(cls, name, None)
+    tuner = sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    tuners = {tuner, *tuner.__subclasses__()}  # older PEFT defines these methods in each of them
+    for cls, name in [(type(layer), "merge"), *((cls, name) for cls in tuners for name in ("unload", "merge_and_unload"))]:
+        method = getattr(cls, name, None) if cls is type(layer) else cls.__dict__.get(name)
         if method is None or hasattr(method, "_restores_first"):
             continue
 

@@ -91,6 +91,8 @@ def pristine_table(rows) -> str:
 
 def cost_table(rows) -> str:
     """Time and peak GPU memory of the runs themselves. Workers share the machine: only rows compare."""
+    if "peak_mb" not in rows[0][1][0]:  # CPU runs are resumed at other loads, which would pass for a method's cost
+        return "Time and memory were not compared in these runs; `python benchmarks/cost.py` does."
     lines = ["| | ms a step | × reference | peak memory, MB | reference, MB |", "|---" * 5 + "|"]
     for name, *sides in rows:
         ours, theirs = (float(np.median([m["ms_a_step"] for m in side])) for side in sides)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .groups import read_groups
 from .replay import random_state, running_statistics_kept
-from .sharding import fsdp_modules, local
+from .sharding import fsdp_modules, is_sharded, local
 from .wrapper import OptimizerWrapper
 
 SPACES = ("adapter", "full")
@@ -264,7 +264,7 @@ def _differentiable(parameters: "list[Tensor]") -> "Iterator[None]":
 
 def _average_gradients(parameters: "list[Tensor]") -> None:
     for parameter in parameters:
-        if hasattr(parameter, "to_local"):
+        if is_sharded(parameter):
             continue
         if parameter.grad is None:  # every rank must take part
             parameter.grad = torch.zeros_like(parameter)

@@ -55,9 +55,8 @@ class Target:
             return weight.t()
         if self._layout == "experts":
             return weight.flatten(0, 1)
-        if weight.dim() > 2:  # e.g. channels_last kernels: flatten in the order of the memory, to get a view
-            inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
-            weight = weight.permute(0, *inner)
+        if weight.dim() > 2:
+            weight = weight.permute(_memory_order(weight))
         return weight.view(weight.shape[0], -1)
 
     def delta(self) -> Delta:
@@ -86,13 +85,11 @@ class Target:
             if self._layout == "experts":
                 return delta if delta.dense is None else delta._replace(dense=delta.dense.reshape(self.rows().shape))
             if delta.dense is not None and weight.dim() > 2:
-                inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
-                delta = delta._replace(dense=delta.dense.reshape(weight.shape).permute(0, *inner).flatten(1))
+                dense = delta.dense.reshape(weight.shape).permute(_memory_order(weight))
+                delta = delta._replace(dense=dense.flatten(1))
             elif weight.dim() > 2 and not weight.is_contiguous():
-                inner = sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
-                factors = tuple(
-                    (B, A.view(-1, *weight.shape[1:]).permute(0, *inner).flatten(1), s) for B, A, s in delta.factors
-                )
+                order = _memory_order(weight)
+                factors = tuple((B, A.view(-1, *weight.shape[1:]).permute(order).flatten(1), s) for B, A, s in delta.factors)
                 delta = delta._replace(factors=factors)
             return delta
 
@@ -159,6 +156,11 @@ class Target:
         hook = self.module.__dict__.get("_hf_hook")
         if getattr(hook, "offload", False):
             raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
+
+
+def _memory_order(weight: Tensor) -> "tuple[int, ...]":
+    """Dimensions as they lie in memory, rows first: flattened in this order, a channels_last kernel is still a view."""
+    return 0, *sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
 
 
 def _owner(root: nn.Module, parameter: Tensor) -> "tuple[nn.Module, str, str] | None":

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from .scratch import Scratch
+
 # A 32-bit integer hash with low bias: xor-shift, multiply, xor-shift, multiply, xor-shift (constants: Wellons'
 # hash-prospector). GOLDEN spreads consecutive counters over the whole range.
 MUL1, MUL2, GOLDEN = 0x21F0AAAD, 0x735A2D97, 0x9E3779B9
@@ -45,17 +47,17 @@ def _signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
-def _xor_shift_(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
+def _xor_shift_(x: Tensor, bits: int, shifted: Tensor) -> Tensor:
     # torch shifts int32 arithmetically: mask the copies of the sign bit away
-    torch.bitwise_right_shift(x, bits, out=scratch)
-    return x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - bits)) - 1))
+    torch.bitwise_right_shift(x, bits, out=shifted)
+    return x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
 
 
 def _mix_(x: Tensor) -> Tensor:
-    scratch = torch.empty_like(x)
-    _xor_shift_(x, 16, scratch).mul_(_signed(MUL1))
-    _xor_shift_(x, 15, scratch).mul_(_signed(MUL2))
-    return _xor_shift_(x, 15, scratch)
+    shifted = torch.empty_like(x)
+    _xor_shift_(x, 16, shifted).mul_(_signed(MUL1))
+    _xor_shift_(x, 15, shifted).mul_(_signed(MUL2))
+    return _xor_shift_(x, 15, shifted)
 
 
 def row_keys(key: "tuple[int, int]", rows: int, device: torch.device) -> "tuple[Tensor, Tensor]":
@@ -74,20 +76,28 @@ def _tables(device: torch.device) -> "tuple[Tensor, Tensor]":
     return radius.float().to(device), direction.to(torch.complex64).to(device)
 
 
-def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int) -> Tensor:
-    """Standard normals, float32 ``(rows, columns)``, for :func:`row_keys` ``keys``; ``first_column`` must be even."""
+def normals(
+    keys: "tuple[Tensor, Tensor]", first_column: int, columns: int, scratch: "Scratch | None" = None
+) -> Tensor:
+    """Standard normals, float32 ``(rows, columns)``, for :func:`row_keys` ``keys``; ``first_column`` must be even.
+
+    They lie in ``scratch``, if one is given, and are valid until its next use.
+    """
     first, second = keys
     device = first.device
-    radius, direction = _tables(device)
+    scratch = scratch or Scratch()
     pair = torch.arange(first_column // 2, (first_column + columns + 1) // 2, dtype=torch.int32, device=device)
-    bits = pair.mul_(_signed(GOLDEN)) + first
-    scratch = torch.empty_like(bits)
+    shape = len(first), len(pair)
+    bits, shifted = scratch("bits", shape, torch.int32, device), scratch("shifted", shape, torch.int32, device)
+    torch.add(pair.mul_(_signed(GOLDEN)), first, out=bits)
     # the row's second word enters between the rounds: two rows are then never the same sequence shifted
-    _xor_shift_(bits, 16, scratch).mul_(_signed(MUL1)).add_(second)
-    _xor_shift_(bits, 15, scratch).mul_(_signed(MUL2))
-    _xor_shift_(bits, 15, scratch)
+    _xor_shift_(bits, 16, shifted).mul_(_signed(MUL1)).add_(second)
+    _xor_shift_(bits, 15, shifted).mul_(_signed(MUL2))
+    _xor_shift_(bits, 15, shifted)
 
-    high = torch.bitwise_right_shift(bits, 16, out=scratch).bitwise_and_(0xFFFF).view(-1)
+    high = torch.bitwise_right_shift(bits, 16, out=shifted).bitwise_and_(0xFFFF).view(-1)
     low = bits.bitwise_and_(0xFFFF).view(-1)
-    z = torch.index_select(direction, 0, low).mul_(torch.index_select(radius, 0, high))
-    return torch.view_as_real(z).view(bits.shape[0], 2 * bits.shape[1])[:, :columns]
+    radius, direction = _tables(device)
+    z = torch.index_select(direction, 0, low, out=scratch("z", low.shape, torch.complex64, device))
+    z.mul_(torch.index_select(radius, 0, high, out=scratch("radius", high.shape, torch.float32, device)))
+    return torch.view_as_real(z).view(shape[0], 2 * shape[1])[:, :columns]

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reversible
 from .reversible import chunk_size
 from .scale import fill_std
+from .scratch import Scratch
 
 
 @dataclass
@@ -47,17 +48,18 @@ def reversible_(draws: "list[Draw]") -> Callable[[], None]:
         (fused if kernels and draw.rows.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
-    toggles = [kernels.fuse(fused)] if fused else []
-    for draw in others:
-        if draw.noise == "element":
-            toggles.append(lambda d=draw: reversible.toggle_elements_(d.rows, d.sigma, d.key))
-        else:
-            grid = reversible.grid(draw.std, draw.sigma, draw.rows.dtype)
-            toggles.append(lambda d=draw, g=grid: reversible.toggle_(d.rows, g, d.key))
+    toggle_fused = kernels.fuse(fused) if fused else None
+    grids = [draw.std is not None and reversible.grid(draw.std, draw.sigma, draw.rows.dtype) for draw in others]
 
     def toggle() -> None:
-        for each in toggles:
-            each()
+        if toggle_fused:
+            toggle_fused()
+        scratch = Scratch()
+        for draw, grid in zip(others, grids):
+            if draw.noise == "element":
+                reversible.toggle_elements_(draw.rows, draw.sigma, draw.key)
+            else:
+                reversible.toggle_(draw.rows, grid, draw.key, scratch)
 
     toggle()
     return toggle

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .scratch import Scratch
 
 # log2(row rms / grid). bf16 and fp16: the spacing of the weights in the row's own binade. fp32 could go to 23; 16 loses
 # nothing and leaves room for outliers and large sigma in the integer arithmetic.
 GRID_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 16, torch.float64: 16}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-CHUNK = 1 << 17  # elements worked on at a time on a CPU: the temporaries stay in cache, and small
+CHUNK = 1 << 18  # elements worked on at a time on a CPU: the temporaries stay in cache, and small
 
 
 class Grid(NamedTuple):
@@ -83,14 +84,16 @@ def grid(std: Tensor, sigma: float, dtype: torch.dtype) -> Grid:
     return Grid(rho, torch.where(rho < 2.0**-8, -math.inf, delta), step)
 
 
-def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, block: Tensor) -> Tensor:
-    """f_0 before rounding: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks. Overwrites q and block."""
+def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, out: Tensor) -> Tensor:
+    """f_0 before rounding: move ``w`` by ``signed`` = +-``a``, against its sign in odd blocks. Overwrites q and out."""
+    block = out.view(signed.dtype)
     block.copy_(torch.div(w, a, out=q).floor_()).bitwise_left_shift_(torch.iinfo(block.dtype).bits - 1)
-    return block.bitwise_xor_(signed).view(a.dtype).add_(w)  # the parity of the block went to the sign bit
+    block.bitwise_xor_(signed)  # the parity of the block goes to the sign bit
+    return out.add_(w)
 
 
 def chunk_size(device: torch.device) -> int:
-    return CHUNK if device.type == "cpu" else CHUNK << 4  # elsewhere the number of launches counts
+    return CHUNK if device.type == "cpu" else CHUNK << 3  # elsewhere the number of launches counts
 
 
 def _chunks(rows: int, columns: int, size: int):
@@ -100,44 +103,38 @@ def _chunks(rows: int, columns: int, size: int):
             yield slice(top, top + tall), slice(left, left + wide)
 
 
-def _keep_reversible_(clean: Tensor, moved: Tensor, back: Tensor) -> None:
+def _keep_reversible(clean: Tensor, moved: Tensor, back: Tensor, out: Tensor) -> None:
     """``moved`` where ``back`` is ``clean``, else ``clean``. Bits are compared: -0.0 and NaN must come back too."""
-    clean, moved, back = (t.view(BITS[t.dtype]) for t in (clean, moved, back))
+    clean, moved, back, out = (t.view(BITS[t.dtype]) for t in (clean, moved, back, out))
     # integer arithmetic, as torch's masks cost several times as much
-    moved.bitwise_xor_(clean).mul_(back.bitwise_xor_(clean).eq_(0)).bitwise_xor_(clean)
+    torch.bitwise_xor(moved.bitwise_xor_(clean).mul_(back.eq_(clean)), clean, out=out)
 
 
-def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]") -> None:
+def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]", scratch: "Scratch | None" = None) -> None:
     """Apply f in place to a 2-D view of a weight. The second call with the same grid and key undoes the first."""
     rows, columns = matrix.shape
     dtype, device = matrix.dtype, matrix.device
     work = torch.promote_types(dtype, torch.float32)
     keys = noise.row_keys(key, rows, device)
     rho, delta, step = (t.expand(rows, 1) for t in grid)
-    narrow = work != dtype
-    # all that a chunk needs, allocated once; memory traffic is what this costs, so nothing is copied in vain
-    kinds = [work, work, BITS[work], BITS[work], dtype] + narrow * [work, dtype, dtype]
-    buffers = [torch.empty(min(matrix.numel(), chunk_size(device)), dtype=kind, device=device) for kind in kinds]
-    for here in _chunks(rows, columns, chunk_size(matrix.device)):
-        part, top = matrix[here], here[0]
-        a, q, block, other, clean, *casts = (b[: part.numel()].view(part.shape) for b in buffers)
-        z = noise.normals((keys[0][top], keys[1][top]), here[1].start, part.shape[1])
+    scratch = scratch or Scratch()
+
+    def f_0(w: Tensor, name: str) -> Tensor:
+        wide = w if work == dtype else scratch("wide", w.shape, work, device).copy_(w)
+        moved = _flip(wide, a, signed, q, scratch(name, w.shape, work, device))
+        return moved if work == dtype else scratch(name, w.shape, dtype, device).copy_(moved)
+
+    # memory traffic is what this costs: nothing is copied or allocated in vain
+    for here in _chunks(rows, columns, chunk_size(device)):
+        clean, top = matrix[here], here[0]
+        a, q = scratch("a", clean.shape, work, device), scratch("q", clean.shape, work, device)
+        z = noise.normals((keys[0][top], keys[1][top]), here[1].start, clean.shape[1], scratch)
         length = torch.mul(z, rho[top], out=a if work == z.dtype else None)
         a.copy_(length.abs_().add_(delta[top]).floor_().clamp_min_(0.0).mul_(step[top]))
-        sign = z.to(work).view(block.dtype).bitwise_and_(torch.iinfo(block.dtype).min)
-        signed = sign.bitwise_or_(a.view(block.dtype))  # copysign(a, z), which is slower
-
-        clean.copy_(part)
-        w = casts[0].copy_(clean) if narrow else clean
-        moved = _flip(w, a, signed, q, block)
-        if narrow:
-            moved = casts[1].copy_(moved)
-            w.copy_(moved)
-        back = _flip(w if narrow else moved, a, signed, q, other)
-        if narrow:
-            back = casts[2].copy_(back)
-        _keep_reversible_(clean, moved, back)
-        part.copy_(moved)
+        sign = z.to(work).view(BITS[work]).bitwise_and_(torch.iinfo(BITS[work]).min)
+        signed = sign.bitwise_or_(a.view(BITS[work]))  # copysign(a, z), which is slower
+        moved = f_0(clean, "moved")
+        _keep_reversible(clean, moved, f_0(moved, "back"), out=clean)
 
 
 def _log2(x: Tensor) -> Tensor:
@@ -170,5 +167,4 @@ def toggle_elements_(matrix: Tensor, sigma: float, key: "tuple[int, int]") -> No
         ratio = torch.mul(z, rho).abs_().add_(delta).floor_().clamp_min_(0.0).mul_(step).add_(1).to(work)
         moved = flip(w, ratio, z < 0)
         back = flip(moved.to(work), ratio, z < 0)
-        _keep_reversible_(clean, moved, back)
-        matrix[here].copy_(moved)
+        _keep_reversible(clean, moved, back, out=matrix[here])

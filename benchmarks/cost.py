@@ -5,15 +5,15 @@
 
 Methods: plain LoRA; FlatPerturbOptimizer in each restore mode; the procedure of the Flat-LoRA authors' code, written anew
 from its description; SAM on the adapter and on the frozen weights. Models are made from their configurations with random
-weights: what they compute has no meaning, what it costs does. Steps are timed back to back, with device events on a GPU and
-the wall clock on a CPU; a cell is the median over the repeats after a warm-up, its spread half the range between the
-quartiles. Plain is timed before and after each method; a ratio is to the median of these two runs. Perturb and restore are
-timed by themselves with the host ahead of the device, as it is in training. Results: ``cost_<device>.json`` and ``.png`` in
+weights: what they compute has no meaning, what it costs does. Steps are timed with device events on a GPU and the wall clock
+on a CPU. Plain and a method take turns of a third of a second (or one step); a ratio is that of a turn's median step to the
+plain one's before and after it. A cell is the median over steps or turns, its spread half the range between the quartiles.
+Perturb and restore are timed by themselves with the host ahead of the device, as it is in training. Memory is
+what torch allocated on a GPU; on a CPU the resident process, which is rough. Results: ``cost_<device>.json`` and ``.png`` in
 ``benchmarks/results``; models that are not measured again stay in them.
 """
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import platform
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ from torch import nn
 from flatopt import SAM, FlatPerturbOptimizer
 
 SIGMA = 0.05  # any would do: the time does not depend on it
-WARM_UP = 2
+WARM_UP = 1  # steps, at each turn
+TURN, MOST_STEPS, LEAST_TURNS = 0.3, 100, 3  # a turn's seconds, at most so many steps; turns of a method, at least
 
 
 # --- models: (model with LoRA r 8 on all its linear layers, a function from a batch to the loss, a batch) ----------------
@@ -235,9 +237,7 @@ class Peak:
 
     def __init__(self, device: str):
         self.device = device
-        gc.collect()
         if device == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
@@ -262,26 +262,31 @@ def made(make: Callable, case: Case) -> Iterator[Plain]:
         method.__dict__.clear()
 
 
-def time_steps(method: Plain, accumulation: int, device: str, seconds: float, least: int) -> "tuple[list[float], float]":
-    """Milliseconds of each step after the warm-up, and the peak memory. At least ``least`` steps."""
-    for _ in range(WARM_UP):
-        method.step(1)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    peak, clock = Peak(device), Clock(device)
-    clock.mark()
-    repeats, began = 0, time.perf_counter()
-    while repeats < least or (time.perf_counter() - began < seconds and repeats < 100):
-        method.step(accumulation)
+def take_turn(make: Callable, case: Case, accumulation: int, device: str, steps: "int | None"):
+    """A new method for a while: (milliseconds of each step, peak memory, [milliseconds to perturb, to restore]).
+
+    Without ``steps``, as many as fill TURN.
+    """
+    with made(make, case) as method:
+        for _ in range(WARM_UP):
+            method.step(1)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        peak, clock, began = Peak(device), Clock(device), time.perf_counter()
         clock.mark()
-        repeats += 1
-        if device == "cuda" and accumulation * repeats % 16 == 0:
-            clock.points[-1].synchronize()  # or the host would queue steps without end
-    return clock.intervals(), peak.gigabytes()
+        while len(clock.points) <= (steps or MOST_STEPS):
+            method.step(accumulation)
+            clock.mark()
+            if device == "cuda" and accumulation * len(clock.points) % 16 == 0:
+                clock.points[-1].synchronize()  # or the host would queue steps without end
+            if not steps and time.perf_counter() - began > TURN:
+                break
+        samples, gigabytes = clock.intervals(), peak.gigabytes()
+        return samples, gigabytes, time_toggles(method, device, 2) if hasattr(method, "perturb") else []
 
 
-def time_toggles(method: Plain, device: str, repeats: int) -> "tuple[list[float], list[float]]":
-    perturb, restore = [], []
+def time_toggles(method: Plain, device: str, repeats: int) -> "list[tuple[float, float]]":
+    times = []
     for _ in range(repeats + 1):
         clock = Clock(device)
         if device == "cuda":
@@ -291,10 +296,8 @@ def time_toggles(method: Plain, device: str, repeats: int) -> "tuple[list[float]
         clock.mark()
         method.restore()
         clock.mark()
-        there, back = clock.intervals()
-        perturb.append(there)
-        restore.append(back)
-    return perturb[1:], restore[1:]
+        times.append(tuple(clock.intervals()))
+    return times[1:]
 
 
 def summary(samples: "list[float]") -> dict:
@@ -306,29 +309,39 @@ def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device
     """Rows of results, yielded as far as they are, after each accumulation; ``tick(what)`` before each cell."""
     rows = []
     for accumulation in accumulations:
-        cells, around, plain = {}, [], []
-        for name in ["plain LoRA"] + [name for method in methods for name in (method, "plain LoRA")]:
+        cells, every_plain, plain_peak = {}, [], None
+        for name in methods:
             tick(f"accumulation {accumulation}: {name}")
-            is_plain = name == "plain LoRA"
-            with made(METHODS[name], case) as method:
-                samples, peak = time_steps(
-                    method, accumulation, device, seconds / (2 if is_plain else 1), 2 if is_plain else 3
-                )
-                cell = {} if is_plain else cells.setdefault(name, {"step_ms": summary(samples)})
-                if hasattr(method, "perturb"):
-                    there, back = time_toggles(method, device, 5)
-                    both = [a + b for a, b in zip(there, back)]
-                    cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
-            if is_plain:
-                if around:  # the method before stands between two plain runs: what drifts hits both alike
-                    done = cells[methods[len(around) - 1]]
-                    done["ratio"] = done["step_ms"]["median"] / statistics.median(around[-1] + samples)
-                around.append(samples)
-                plain += samples
-                plain_peak = peak
-            else:
-                cell["peak_gb"], cell["peak_gb_over_plain"] = peak, None if peak is None else peak - plain_peak
-        row = {"step_ms": summary(plain), "ratio": 1.0, "peak_gb": plain_peak, "peak_gb_over_plain": plain_peak and 0.0}
+            plain, own, peaks, toggles, began = [], [], [], [], time.perf_counter()
+            while len(own) < LEAST_TURNS or time.perf_counter() - began < seconds:
+                steps = len(own[0]) if own else None
+                samples, plain_peak, _ = take_turn(Plain, case, accumulation, device, steps)
+                plain.append(samples)
+                samples, peak, times = take_turn(METHODS[name], case, accumulation, device, steps)
+                own.append(samples)
+                peaks.append(peak)
+                toggles += times
+            samples, plain_peak, _ = take_turn(Plain, case, accumulation, device, len(own[0]))
+            plain.append(samples)
+            every_plain += chain(*plain)
+            # a turn stands between two of plain: what drifts hits both alike
+            ratios = [
+                statistics.median(turn) / statistics.median(before + after)
+                for turn, before, after in zip(own, plain, plain[1:])
+            ]
+            cells[name] = cell = {
+                "step_ms": summary([*chain(*own)]),
+                "ratio": summary(ratios),
+                "peak_gb": None if peak is None else max(peaks),
+            }
+            if toggles:
+                there, back = zip(*toggles)
+                both = [sum(pair) for pair in toggles]
+                cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
+        for cell in cells.values():
+            cell["peak_gb_over_plain"] = None if plain_peak is None else cell["peak_gb"] - plain_peak
+        zero = None if plain_peak is None else 0.0
+        row = {"step_ms": summary(every_plain), "ratio": None, "peak_gb": plain_peak, "peak_gb_over_plain": zero}
         rows += [
             {"method": name, "accumulation": accumulation, **cell} for name, cell in {"plain LoRA": row, **cells}.items()
         ]
@@ -354,7 +367,7 @@ def table(name: str, result: dict) -> Table:
             str(row["accumulation"]),
             row["method"],
             cell(row["step_ms"]),
-            f"{row['ratio']:.3f}",
+            "1" if row["ratio"] is None else f"{row['ratio']['median']:.3f} ± {row['ratio']['spread']:.3f}",
             cell(row.get("perturb_ms")),
             cell(row.get("restore_ms")),
             "" if over is None else f"{row['peak_gb']:.3f}" if row["method"] == "plain LoRA" else f"{over:+.3f}",
@@ -379,7 +392,7 @@ def picture(results: dict, path: Path) -> None:
             height = 0.8 / len(accumulations)
             at = [m + i * height - 0.4 + height / 2 for m in range(len(methods))]
             bars = axis.barh(
-                at, [100 * (rows[m]["ratio"] - 1) for m in methods], height, label=f"accumulation {accumulation}"
+                at, [100 * (rows[m]["ratio"]["median"] - 1) for m in methods], height, label=f"accumulation {accumulation}"
             )
             axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=2)
         axis.set_yticks(range(len(methods)), methods)
@@ -402,7 +415,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all but tiny on a GPU, tiny on a CPU")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to repeat one cell for (at least 3 steps)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to repeat one cell for (at least 3 turns)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -430,7 +443,7 @@ def main() -> None:
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     with bar if console.is_terminal else nullcontext():
         for name in models:
-            task = bar.add_task(name, total=len(args.accumulation) * (2 * len(args.methods) + 1))
+            task = bar.add_task(name, total=len(args.accumulation) * len(args.methods))
 
             def tick(what: str, task: int = task, name: str = name) -> None:
                 bar.update(task, advance=1, description=f"{name}, {what}")

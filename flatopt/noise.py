@@ -76,9 +76,7 @@ def _tables(device: torch.device) -> "tuple[Tensor, Tensor]":
     return radius.float().to(device), direction.to(torch.complex64).to(device)
 
 
-def normals(
-    keys: "tuple[Tensor, Tensor]", first_column: int, columns: int, scratch: "Scratch | None" = None
-) -> Tensor:
+def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int, scratch: "Scratch | None" = None) -> Tensor:
     """Standard normals, float32 ``(rows, columns)``, for :func:`row_keys` ``keys``; ``first_column`` must be even.
 
     They lie in ``scratch``, if one is given, and are valid until its next use.

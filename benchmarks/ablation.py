@@ -7,7 +7,7 @@
 
 A study is a small file in ``benchmarks/studies``: ``rows`` of settings, each compared with the run that has the same
 settings and seed but for ``reference``. ``base.json`` has what the studies share. Learning rates (one an adapter, chosen for
-the plain objective) and σ are chosen first, on validation data and on seeds of their own.
+the plain objective), σ and SAM's ρ are chosen first, on validation data and on seeds of their own.
 
 A run is a task, settings and a seed. Its metrics go to ``benchmarks/results/ablation_<task>.json``, and a run that is there
 is not run again, whichever study asks for it; runs on another device or with other versions do not count, so that no pair is
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,7 +59,15 @@ def environment(task, device: str) -> dict:
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "timm", "transformers", "scikit-learn")}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU"
-    return {"data": task.fingerprint, "device": name, "python": platform.python_version(), **versions}
+    # source models of the digits are trained on the CPU, and another CPU may round otherwise
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return {
+        "data": task.fingerprint,
+        "device": name,
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 class Store:
@@ -195,23 +204,34 @@ class Runner:
 
 
 def tune(store: Store, base: dict, grid: dict, runner) -> None:
-    """Choose the lr of each adapter (plain objective) and then σ (LoRA), by mean validation accuracy on tuning seeds."""
+    """Choose the lr of each adapter (plain objective), then σ and, in each space, SAM's ρ (LoRA), by mean validation
+    accuracy on tuning seeds. What was chosen from the same grid before stays."""
     from ablation_train import ADAPTERS, canonical
 
-    if store.tuned.get("grid") == grid:
-        return
-    seeds = grid["seeds"]
-    plain = {(a, lr): canonical({**base, "adapter": a, "lr": lr}) for a in ADAPTERS for lr in grid["lr"]}
-    runner([(config, seed) for config in plain.values() for seed in seeds], "learning rates")
+    def best(what: str, by_value: "dict[float, dict]") -> float:
+        runner([(canonical(config), seed) for config in by_value.values() for seed in grid["seeds"]], what)
 
-    def score(config):
-        found = [store.get(config, seed) for seed in seeds]
-        return -math.inf if None in found else sum(metrics["validation_accuracy"] for metrics in found)
+        def score(value):
+            found = [store.get(canonical(by_value[value]), seed) for seed in grid["seeds"]]
+            return -math.inf if None in found else sum(metrics["validation_accuracy"] for metrics in found)
 
-    lr = {a: max(grid["lr"], key=lambda rate: score(plain[a, rate])) for a in ADAPTERS}
-    flat = {s: canonical({**base, "objective": "flat", "lr": lr["lora"], "sigma": s}) for s in grid["sigma"]}
-    runner([(config, seed) for config in flat.values() for seed in seeds], "σ")
-    store.tuned = {"grid": grid, "lr": lr, "sigma": max(grid["sigma"], key=lambda s: score(flat[s]))}
+        return max(by_value, key=score)
+
+    done = store.tuned.get("grid", {})
+    new = {key for key in grid if done.get(key) != grid[key]}
+    tuned = {} if "seeds" in new or "lr" in new else dict(store.tuned)
+    if "lr" not in tuned:
+        tuned["lr"] = {a: best(f"lr of {a}", {lr: {**base, "adapter": a, "lr": lr} for lr in grid["lr"]}) for a in ADAPTERS}
+    lora = {**base, "lr": tuned["lr"]["lora"]}
+    if "sigma" not in tuned or "sigma" in new:
+        tuned["sigma"] = best("σ", {sigma: {**lora, "objective": "flat", "sigma": sigma} for sigma in grid["sigma"]})
+    if "rho" not in tuned or "rho" in new:
+        sam = {**lora, "objective": "sam"}
+        tuned["rho"] = {
+            space: best(f"ρ on {space}", {rho: {**sam, "space": space, "rho": rho} for rho in grid["rho"]})
+            for space in ("adapter", "full")
+        }
+    store.tuned = {**tuned, "grid": grid}
     store.save()
 
 

@@ -39,7 +39,7 @@ def holm(p_values: "list[float]") -> "list[float]":
 
 def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
     """``(name, metrics by seed, metrics of the reference by seed)`` of every row, from the first environment in which all
-    seeds of all rows were run; empty if there is none. ``store.index`` is left at that environment."""
+    seeds of all rows were run, where ``store.index`` is left; empty if there is none."""
     rows = [row for row in pairs(study, base, store.tuned) if row[1] != row[2]] if store.tuned else []
     for index in range(len(store.environments)):
         store.index = index
@@ -190,9 +190,9 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
         by_task = {task: complete(store, study, base[task], seeds) for task, store in stores.items()}
         by_task = {task: rows for task, rows in by_task.items() if rows}
         if by_task:
+            where = {task: stores[task].environments[stores[task].index]["device"] for task in by_task}
             other = {**study, "reference": study.get("also_against", {})}
             also = {task: complete(stores[task], other, base[task], seeds) for task in by_task}
-            where = {task: stores[task].environments[stores[task].index]["device"] for task in by_task}
             parts.append(section(folder, name, study, by_task, also, where, seeds))
     if parts:
         (folder / "ablation.md").write_text("\n".join([head(stores), *parts]), encoding="utf-8")
@@ -248,7 +248,9 @@ def head(stores: dict) -> str:
         if store.tuned:
             lr = ", ".join(f"{adapter} {rate:g}" for adapter, rate in store.tuned["lr"].items())
             seeds = store.tuned["grid"]["seeds"]
-            lines.append(f"- {task}: σ {store.tuned['sigma']:g}, lr {lr}; chosen on seeds {seeds[0]}-{seeds[-1]}.")
+            rho = "; ρ {adapter:g} on (A, B), {full:g} on W".format(**store.tuned["rho"]) if "rho" in store.tuned else ""
+            chosen = f"σ {store.tuned['sigma']:g}; lr {lr}{rho}"
+            lines.append(f"- {task}: {chosen}; chosen on seeds {seeds[0]}-{seeds[-1]}.")
             for environment in store.environments:
                 lines.append(f"  - {', '.join(f'{key} {value}' for key, value in environment.items())}")
     return "\n".join([*lines, ""])

@@ -170,9 +170,10 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
     ablation.main(arguments)
     stored = {name: json.loads((tmp_path / f"ablation_{name}.json").read_text()) for name in ("digits", "text")}
     for content in stored.values():
-        # tuning: each adapter, and a σ; plain and four schedules (severity's rows among them); four landscapes
-        assert len(content["runs"]) == 7 + 1 + (5 + 4) * 2
+        # tuning: each adapter, a σ, a ρ in each space; plain and four schedules (severity's rows among them); four landscapes
+        assert len(content["runs"]) == 7 + 1 + 2 + (5 + 4) * 2
         assert set(content["tuned"]["lr"]) == set(train.ADAPTERS)
+        assert content["tuned"]["rho"] == {"adapter": 0.05, "full": 0.05}
     page = (tmp_path / "ablation.md").read_text()
     assert page.count("| constant, σ/2 |") == 4  # a task: against plain, and against the cosine
     runs = {

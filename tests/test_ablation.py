@@ -170,7 +170,7 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
     ablation.main(arguments)
     stored = {name: json.loads((tmp_path / f"ablation_{name}.json").read_text()) for name in ("digits", "text")}
     for content in stored.values():
-        # tuning: each adapter, a σ, a ρ in each space; plain and four schedules (severity's rows among them); four landscapes
+        # tuning: each adapter, a σ, a ρ in each space; plain and four schedules (severity has one); four landscapes
         assert len(content["runs"]) == 7 + 1 + 2 + (5 + 4) * 2
         assert set(content["tuned"]["lr"]) == set(train.ADAPTERS)
         assert content["tuned"]["rho"] == {"adapter": 0.05, "full": 0.05}

@@ -296,10 +296,19 @@ def _norms(
     tl.store(stds + tl.load(layer + STDS) + row, std, mask=inside)
 
 
+@triton.jit
+def _add(word, radius, cosine, sine, std, SIGN: tl.constexpr, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """w + SIGN * noise, plainly rounded, of the two neighbours in a word."""
+    even, odd = _unpack(word, DTYPE)
+    even, odd = even + SIGN * (radius * cosine * std), odd + SIGN * (radius * sine * std)
+    return _round(even, odd, DTYPE, APPROX)
+
+
 @triton.jit(do_not_specialize=["below"])
-def _toggle(
+def _move(
     layers, tiles, stds, table, below,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, APPROX: tl.constexpr,
+    HOW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     layer = layers + tl.load(tile) * FIELDS
@@ -310,6 +319,7 @@ def _toggle(
     if PACKED:
         n, row_stride = tl.multiple_of(n, 8), tl.multiple_of(row_stride, 8)
     std = tl.load(stds + tl.load(layer + STDS) + row, mask=inside, other=0.0)
+    std = tl.where(std < float("inf"), std, 0.0)  # a row with inf or NaN gets no noise
 
     rho, delta, step = _grid(std, below, DTYPE, table)
     rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
@@ -330,12 +340,19 @@ def _toggle(
         radius, cosine, sine = _normals(pair, first, second, APPROX)
         if PACKED:
             word = tl.load(at + pair, mask=here, other=0)
-            tl.store(at + pair, _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX), mask=here)
+            if HOW == 0:
+                word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
+            else:
+                word = _add(word, radius, cosine, sine, std[:, None], HOW, DTYPE, APPROX)
+            tl.store(at + pair, word, mask=here)
         else:
             even = at + 2 * pair.to(tl.int64) * column_stride
             odd, both = even + column_stride, here & (2 * pair.to(tl.int64) + 1 < n)
             word = _join(tl.load(even, mask=here, other=0), tl.load(odd, mask=both, other=0), DTYPE)
-            word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
+            if HOW == 0:
+                word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
+            else:
+                word = _add(word, radius, cosine, sine, std[:, None], HOW, DTYPE, APPROX)
             tl.store(even, word.to(ELEMENT), mask=here)
             tl.store(odd, (word >> ELEMENT.primitive_bitwidth).to(ELEMENT), mask=both)
 
@@ -344,7 +361,7 @@ def _toggle(
 
 
 def takes(draw) -> bool:
-    """Whether the kernel can toggle this weight; the rest goes the reference's way."""
+    """Whether the kernel can move this weight; the rest goes the reference's way."""
     rows = draw.rows
     return rows.dtype in DTYPES and draw.noise != "element" and (rows.dtype != torch.bfloat16 or _has_bf16(rows.device))
 
@@ -354,8 +371,8 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or not APPROX or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def fuse(draws: list) -> Callable[[], None]:
-    """What toggles the weights of ``draws``, all :func:`taken <takes>`, in place; the first call finds the std.
+def fuse(draws: list) -> Callable[[int], None]:
+    """What moves the weights of ``draws``, all :func:`taken <takes>`: 0 by the reversible map, 1 adds, -1 subtracts it.
 
     Sets ``draw.std`` where it is not set. One launch (and at first a small one to prepare it) for all layers alike in
     device, dtypes and alignment; nothing waits for the GPU.
@@ -368,13 +385,13 @@ def fuse(draws: list) -> Callable[[], None]:
     launches = {}
     for draw, factors in zip(draws, deltas):
         launches.setdefault(_kind(draw, factors), []).append((draw, factors))
-    toggles = [_toggler(*kind, members) for kind, members in launches.items()]
+    moves = [_mover(*kind, members) for kind, members in launches.items()]
 
-    def toggle() -> None:
-        for each in toggles:
-            each()
+    def move(how: int) -> None:
+        for each in moves:
+            each(how)
 
-    return toggle
+    return move
 
 
 def _factors(draw) -> "tuple | None":
@@ -402,7 +419,7 @@ def _kind(draw, factors: "tuple | None") -> tuple:
     return rows.device, rows.dtype, packed, A.dtype, B.dtype, max(16, 1 << (A.shape[0] - 1).bit_length())
 
 
-def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: list) -> Callable[[], None]:
+def _mover(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: list) -> Callable[[int], None]:
     table, shapes, offset, scratch_size = array.array("q"), [], 0, 0
     for draw, factors in members:
         rows = draw.rows
@@ -437,16 +454,16 @@ def _toggler(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: 
                 layers, tiles, stds, scratch, grams, sigma, *kinds, num_warps=NORM_WARPS, num_stages=NORM_STAGES
             )
 
-    def toggle() -> None:
+    def move(how: int) -> None:
         tiles = _tiles(shapes, ROWS, SPAN.value, device)
         with _on(device):
-            _toggle[(len(tiles),)](
-                layers, tiles, stds, deltas, below, packed, DTYPES[dtype], ROWS, PAIRS, APPROX,
+            _move[(len(tiles),)](
+                layers, tiles, stds, deltas, below, how, packed, DTYPES[dtype], ROWS, PAIRS, APPROX,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         _count_write(weights)
 
-    return toggle
+    return move
 
 
 def _on(device: torch.device):

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reversible
-from .reversible import chunk_size
+from . import noise, reversible
 from .scale import fill_std
 from .scratch import Scratch
 
@@ -41,71 +40,74 @@ def _kernels():
     return kernels
 
 
-def reversible_(draws: "list[Draw]") -> Callable[[], None]:
+TOGGLE, ADD, SUBTRACT = 0, 1, -1
+
+
+def _mover(draws: "list[Draw]") -> "Callable[[int], None]":
+    """A function that moves all weights in place, one of the three ways; by the kernels what they take."""
     kernels = _kernels() if any(draw.rows.device.type in FUSED_ON for draw in draws) else None
     fused, others = [], []
     for draw in draws:
         (fused if kernels and draw.rows.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
-    toggle_fused = kernels.fuse(fused) if fused else None
-    grids = [draw.std is not None and reversible.grid(draw.std, draw.sigma, draw.rows.dtype) for draw in others]
+    move_fused = kernels.fuse(fused) if fused else None
+    grids = []
 
-    def toggle() -> None:
-        if toggle_fused:
-            toggle_fused()
+    def move(how: int) -> None:
+        if move_fused:
+            move_fused(how)
         scratch = Scratch()
-        for draw, grid in zip(others, grids):
-            if draw.noise == "element":
+        if how == TOGGLE and not grids:
+            grids.extend(d.std is not None and reversible.grid(d.std, d.sigma, d.rows.dtype) for d in others)
+        for index, draw in enumerate(others):
+            if how != TOGGLE:
+                _add_(draw, how, scratch)
+            elif draw.noise == "element":
                 reversible.toggle_elements_(draw.rows, draw.sigma, draw.key)
             else:
-                reversible.toggle_(draw.rows, grid, draw.key, scratch)
+                reversible.toggle_(draw.rows, grids[index], draw.key, scratch)
 
-    toggle()
-    return toggle
+    return move
+
+
+def _add_(draw: Draw, sign: int, scratch: Scratch) -> None:
+    """W + noise or W - noise, plainly rounded."""
+    rows, (m, n), device = draw.rows, draw.rows.shape, draw.rows.device
+    work = torch.promote_types(rows.dtype, torch.float32)
+    keys = noise.row_keys(draw.key, m, device)
+    for here in reversible.chunks(m, n, device):
+        top, left = here
+        w = scratch("w", rows[here].shape, work, device).copy_(rows[here])
+        z = noise.normals((keys[0][top], keys[1][top]), left.start, w.shape[1], scratch).to(work)
+        if draw.std is None:  # noise="element"
+            std = w.abs().mul_(draw.sigma)
+        else:
+            std = draw.std.expand(m, -1)[here if draw.std.shape[1] > 1 else top]
+        rows[here].copy_(w.add_(z.mul_(std), alpha=sign))
+
+
+def reversible_(draws: "list[Draw]") -> Callable[[], None]:
+    move = _mover(draws)
+    move(TOGGLE)
+    return lambda: move(TOGGLE)
 
 
 def copy_(draws: "list[Draw]") -> Callable[[], None]:
-    fill_std(draws)
+    move = _mover(draws)
     clean = [draw.rows.clone() for draw in draws]
-    for draw in draws:
-        _add_gaussian_(draw, 1)
-
-    def restore() -> None:
-        for draw, rows in zip(draws, clean):
-            draw.rows.copy_(rows)
-
-    return restore
+    move(ADD)
+    return lambda: torch._foreach_copy_([draw.rows for draw in draws], clean)
 
 
 def subtract_(draws: "list[Draw]") -> Callable[[], None]:
     """The official code's way: add, then subtract the same noise. Rounding leaves a drift; for comparison."""
-    fill_std(draws)
-    # |w| is gone once w has moved
-    scales = [draw.rows.abs() if draw.noise == "element" else None for draw in draws]
-    for draw, scale in zip(draws, scales):
-        _add_gaussian_(draw, 1, scale)
-
-    def restore() -> None:
-        for draw, scale in zip(draws, scales):
-            _add_gaussian_(draw, -1, scale)
-
-    return restore
-
-
-def _add_gaussian_(draw: Draw, sign: int, scale: Tensor | None = None) -> None:
-    rows = draw.rows
-    generator = torch.Generator(rows.device).manual_seed((draw.key[0] << 31) ^ draw.key[1])
-    work = torch.promote_types(rows.dtype, torch.float32)
-    tall = max(1, chunk_size(rows.device) // rows.shape[1])
-    for top in range(0, rows.shape[0], tall):
-        w = rows[top : top + tall]
-        z = torch.empty(w.shape, dtype=work, device=w.device).normal_(generator=generator)
-        if draw.std is None:
-            std = (w if scale is None else scale[top : top + tall]).to(work).abs() * draw.sigma
-        else:
-            std = draw.std.expand(rows.shape[0], 1)[top : top + tall]
-        w.copy_((w + z.mul_(std)) if sign > 0 else (w - z.mul_(std)))
+    move = _mover(draws)
+    for draw in draws:
+        if draw.std is None:  # sigma |w| elementwise, and |w| is gone once w has moved
+            draw.std = draw.rows.abs().mul_(draw.sigma)
+    move(ADD)
+    return lambda: move(SUBTRACT)
 
 
 RESTORES = {"reversible": reversible_, "copy": copy_, "subtract": subtract_}

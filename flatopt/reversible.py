@@ -19,6 +19,7 @@ such that :math:`\mathrm E\,\lfloor\rho|z|+\delta\rfloor^2 = \rho^2` keeps the m
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,11 +93,9 @@ def _flip(w: Tensor, a: Tensor, signed: Tensor, q: Tensor, out: Tensor) -> Tenso
     return out.add_(w)
 
 
-def chunk_size(device: torch.device) -> int:
-    return CHUNK if device.type == "cpu" else CHUNK << 3  # elsewhere the number of launches counts
-
-
-def _chunks(rows: int, columns: int, size: int):
+def chunks(rows: int, columns: int, device: torch.device) -> "Iterator[tuple[slice, slice]]":
+    """Parts of a matrix to work on at a time."""
+    size = CHUNK if device.type == "cpu" else CHUNK << 3  # elsewhere the number of launches counts
     tall, wide = max(1, size // max(columns, 1)), max(1, min(columns, size))
     for top in range(0, rows, tall):
         for left in range(0, columns, wide):
@@ -125,7 +124,7 @@ def toggle_(matrix: Tensor, grid: Grid, key: "tuple[int, int]", scratch: "Scratc
         return moved if work == dtype else scratch(name, w.shape, dtype, device).copy_(moved)
 
     # memory traffic is what this costs: nothing is copied or allocated in vain
-    for here in _chunks(rows, columns, chunk_size(device)):
+    for here in chunks(rows, columns, device):
         clean, top = matrix[here], here[0]
         a, q = scratch("a", clean.shape, work, device), scratch("q", clean.shape, work, device)
         z = noise.normals((keys[0][top], keys[1][top]), here[1].start, clean.shape[1], scratch)
@@ -160,7 +159,7 @@ def toggle_elements_(matrix: Tensor, sigma: float, key: "tuple[int, int]") -> No
         odd = torch.div(_log2(w.abs()), _log2(ratio)).floor_().to(BITS[work]).bitwise_and_(1).bool()
         return torch.where(odd.logical_xor_(down), w / ratio, w * ratio).to(dtype)
 
-    for here in _chunks(rows, columns, chunk_size(matrix.device)):
+    for here in chunks(rows, columns, matrix.device):
         clean = matrix[here].contiguous()
         w = clean.to(work)
         z = noise.normals((keys[0][here[0]], keys[1][here[0]]), here[1].start, w.shape[1])

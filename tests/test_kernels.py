@@ -21,7 +21,11 @@ DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIGMA, SEED, SCALING = 0.05, 3, 2.0
 
-runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="no CUDA device; these run again in Triton's interpreter below")
+runs = (
+    pytest.mark.gpu
+    if DEVICE == "cuda"
+    else pytest.mark.skipif(not INTERPRETED, reason="no CUDA device; these run again in Triton's interpreter below")
+)
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 
 
@@ -135,6 +139,37 @@ def test_noise_is_the_references_and_restoring_is_exact(kernels, dtype):
     optimizer.restore()
     for name, module, before in zip(LAYOUTS, modules, clean):
         assert torch.equal(bits(module.weight), bits(before)), name
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["copy", "subtract"])
+def test_plainly_added_noise_is_the_references(kernels, dtype, mode):
+    modules = [LowRank(make(dtype), r).to(DEVICE) for make, r in LAYOUTS.values()]
+    modules.append(LowRank(strange(20, 64, dtype), 4))
+    clean = [module.weight.detach().clone(memory_format=torch.preserve_format) for module in modules]
+    optimizer = optimizer_for(*modules, restore=mode)
+    optimizer.perturb()
+    assert len(kernels.fused) == len(modules)
+    for index, (draw, before) in enumerate(zip(kernels.fused, clean)):
+        rows, before = draw.rows.cpu().double(), draw.target.rows_of(before).cpu().double()
+        key = noise.sub_key(noise.step_key(SEED, 0, 0), index + 1)
+        z = noise.normals(noise.row_keys(key, len(rows), torch.device("cpu")), 0, rows.shape[1]).double()
+        whole = before.isfinite().all(1)  # a row with inf or NaN gets no noise
+        assert torch.equal(rows[~whole].nan_to_num(7.0), before[~whole].nan_to_num(7.0))
+        expected = (before + z * draw.std.cpu().double())[whole]
+        # the functions are good to 2^-18, the sum is rounded to W's dtype
+        error = 2**-18 * draw.std.cpu().double()[whole] + torch.finfo(dtype).eps * expected.abs()
+        assert ((rows[whole] - expected).abs() <= error + torch.finfo(dtype).tiny).all()
+    perturbed = [module.weight.detach().clone() for module in modules]
+    optimizer.restore()
+    for module, before, moved in zip(modules, clean, perturbed):
+        if mode == "copy":
+            assert torch.equal(bits(module.weight), bits(before))
+        else:  # rounded twice (the interpreter cuts bf16 off)
+            now, before, moved = (t.detach().double()[moved.isfinite()] for t in (module.weight, before, moved))
+            bound = torch.finfo(dtype).eps * (before.abs() + moved.abs()) + torch.finfo(dtype).tiny
+            assert ((now - before).abs() <= bound).all()
 
 
 @runs

@@ -47,23 +47,29 @@ def _signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
+@functools.cache
+def _int32(constant: int) -> Tensor:
+    # an operand that is a tensor already saves torch half of what a small operation takes
+    return torch.tensor(_signed(constant), dtype=torch.int32)
+
+
 def _xor_shift_(x: Tensor, bits: int, shifted: Tensor) -> Tensor:
     # torch shifts int32 arithmetically: mask the copies of the sign bit away
-    torch.bitwise_right_shift(x, bits, out=shifted)
-    return x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
+    torch.bitwise_right_shift(x, _int32(bits), out=shifted)
+    return x.bitwise_xor_(shifted.bitwise_and_(_int32((1 << (32 - bits)) - 1)))
 
 
 def _mix_(x: Tensor) -> Tensor:
     shifted = torch.empty_like(x)
-    _xor_shift_(x, 16, shifted).mul_(_signed(MUL1))
-    _xor_shift_(x, 15, shifted).mul_(_signed(MUL2))
+    _xor_shift_(x, 16, shifted).mul_(_int32(MUL1))
+    _xor_shift_(x, 15, shifted).mul_(_int32(MUL2))
     return _xor_shift_(x, 15, shifted)
 
 
 def row_keys(key: "tuple[int, int]", rows: int, device: torch.device) -> "tuple[Tensor, Tensor]":
     """:func:`sub_key` of every row at once: two int32 tensors of shape ``(rows, 1)``."""
     index = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
-    first = _mix_(index.mul_(_signed(GOLDEN)).add_(_signed(key[0])))
+    first = _mix_(index.mul_(_int32(GOLDEN)).add_(_signed(key[0])))
     return first, _mix_(first.bitwise_xor(_signed(key[1])))
 
 
@@ -87,14 +93,14 @@ def normals(keys: "tuple[Tensor, Tensor]", first_column: int, columns: int, scra
     pair = torch.arange(first_column // 2, (first_column + columns + 1) // 2, dtype=torch.int32, device=device)
     shape = len(first), len(pair)
     bits, shifted = scratch("bits", shape, torch.int32, device), scratch("shifted", shape, torch.int32, device)
-    torch.add(pair.mul_(_signed(GOLDEN)), first, out=bits)
+    torch.add(pair.mul_(_int32(GOLDEN)), first, out=bits)
     # the row's second word enters between the rounds: two rows are then never the same sequence shifted
-    _xor_shift_(bits, 16, shifted).mul_(_signed(MUL1)).add_(second)
-    _xor_shift_(bits, 15, shifted).mul_(_signed(MUL2))
+    _xor_shift_(bits, 16, shifted).mul_(_int32(MUL1)).add_(second)
+    _xor_shift_(bits, 15, shifted).mul_(_int32(MUL2))
     _xor_shift_(bits, 15, shifted)
 
-    high = torch.bitwise_right_shift(bits, 16, out=shifted).bitwise_and_(0xFFFF).view(-1)
-    low = bits.bitwise_and_(0xFFFF).view(-1)
+    high = torch.bitwise_right_shift(bits, _int32(16), out=shifted).bitwise_and_(_int32(0xFFFF)).view(-1)
+    low = bits.bitwise_and_(_int32(0xFFFF)).view(-1)
     radius, direction = _tables(device)
     z = torch.index_select(direction, 0, low, out=scratch("z", low.shape, torch.complex64, device))
     z.mul_(torch.index_select(radius, 0, high, out=scratch("radius", high.shape, torch.float32, device)))

@@ -13,11 +13,14 @@ class Scratch:
     """
 
     def __init__(self):
-        self.memory = {}
+        self.memory, self.views = {}, {}
 
     def __call__(self, name: str, shape: "tuple[int, ...]", dtype: torch.dtype, device: torch.device) -> Tensor:
-        size = math.prod(shape)
-        memory = self.memory.get((name, dtype, device))
-        if memory is None or len(memory) < size:
-            memory = self.memory[name, dtype, device] = torch.empty(size, dtype=dtype, device=device)
-        return memory[:size].view(shape)
+        view = self.views.get((name, shape, dtype, device))
+        if view is None:
+            size, memory = math.prod(shape), self.memory.get((name, dtype, device))
+            if memory is None or len(memory) < size:
+                memory = self.memory[name, dtype, device] = torch.empty(size, dtype=dtype, device=device)
+                self.views.clear()
+            view = self.views[name, shape, dtype, device] = memory[:size].view(shape)
+        return view

@@ -1,5 +1,6 @@
 """Tables and pictures from the results of ``ablation.py``: paired differences, 95 % t-intervals, Holm over each table."""
 
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from ablation import pairs
 from scipy import stats
 
 LEVEL = 0.95
+COSTS = Path(__file__).parent / "results" / "cost_nvidia-h200.json"
 COLUMNS = {  # title -> what is taken from a run's metrics, decimals
     "accuracy, %": (lambda m: m["test_accuracy"], 2),
     "corrupted, %": (lambda m: float(np.mean(m["corrupted_accuracy"])), 2),
@@ -89,16 +91,24 @@ def pristine_table(rows) -> str:
     return "\n".join(lines)
 
 
-def cost_table(rows) -> str:
-    """Time and peak GPU memory of the runs themselves. Workers share the machine: only rows compare."""
-    if "peak_mb" not in rows[0][1][0]:  # CPU runs are resumed at other loads, which would pass for a method's cost
-        return "Time and memory were not compared in these runs; `python benchmarks/cost.py` does."
-    lines = ["| | ms a step | × reference | peak memory, MB | reference, MB |", "|---" * 5 + "|"]
-    for name, *sides in rows:
-        ours, theirs = (float(np.median([m["ms_a_step"] for m in side])) for side in sides)
-        memory = " | ".join(f"{np.median([m['peak_mb'] for m in s]):.0f}" if "peak_mb" in s[0] else "" for s in sides)
-        lines.append(f"| {name} | {ours:.1f} | {ours / theirs:.2f} | {memory} |")
-    return "\n".join(lines)
+def cost_table(results: dict) -> str:
+    """What a step costs, from the results of ``cost.py``: the runs here share their machine and are too small to tell."""
+    lines = ["| | " + " | ".join(f"{name}: step | GB" for name in results["models"]) + " |"]
+    lines.append("|---" * (1 + 2 * len(results["models"])) + "|")
+    for method in ("plain LoRA", "ours, reversible", "SAM on the adapter", "SAM on W"):
+        cells = []
+        for model in results["models"].values():
+            row = next((r for r in model["rows"] if r["method"] == method and r["accumulation"] == 1), None)
+            if row is None:
+                cells += ["", ""]
+            elif row["ratio"] is None:
+                cells += [f"{row['step_ms']['median']:.0f} ms", f"{row['peak_gb']:.2f}"]
+            else:
+                ratio = row["ratio"]
+                cells += [f"{ratio['median']:.2f} ± {ratio['spread']:.2f} ×", f"{row['peak_gb_over_plain']:+.2f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    spread = "step over plain, median ± half the range between the quartiles; peak memory, over plain"
+    return f"Time and memory on one {results['device']} (`python benchmarks/cost.py`; {spread}):\n\n" + "\n".join(lines)
 
 
 def severity_table(rows) -> str:
@@ -215,8 +225,8 @@ def section(folder: Path, name: str, study: dict, by_task: dict, also: dict, whe
             parts += [f"The same runs against {study['also_against']['name']}:", table(also[task])]
         if "pristine_accuracy" in rows[0][1][0]:
             parts.append(pristine_table(rows))
-        if study.get("costs"):
-            parts.append(cost_table(rows))
+    if study.get("costs") and COSTS.exists():
+        parts.append(cost_table(json.loads(COSTS.read_text(encoding="utf-8"))))
     parts += [f"![{study['title']}]({picture})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
 

@@ -164,10 +164,8 @@ def batches(x, y, steps: int, size: int, seed: int):
         yield x[index], y[index]
 
 
-def trained(task, config: dict, seed: int) -> "tuple[nn.Module, float]":
-    """The adapted model after training, and the mean time of a step in seconds."""
-    if task.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def trained(task, config: dict, seed: int) -> nn.Module:
+    """The adapted model after training."""
     source = task.model(seed).to(getattr(torch, config["dtype"]))
     torch.manual_seed(seed)
     model = adapt(source, task, config).train()
@@ -176,7 +174,6 @@ def trained(task, config: dict, seed: int) -> "tuple[nn.Module, float]":
     x, y = task.train(seed, config["labels"])
     x = x.to(getattr(torch, config["dtype"])) if x.is_floating_point() else x
     adalora = config["adapter"] == "adalora"
-    start = time.perf_counter()
     for step, (inputs, labels) in enumerate(batches(x, y, config["steps"], config["batch"], seed)):
 
         def closure(inputs=inputs, labels=labels):
@@ -191,9 +188,7 @@ def trained(task, config: dict, seed: int) -> "tuple[nn.Module, float]":
         scheduler.step()
         if adalora:
             model.base_model.update_and_allocate(step)
-    if y.is_cuda:
-        torch.cuda.synchronize()
-    return model.eval(), (time.perf_counter() - start) / config["steps"]
+    return model.eval()
 
 
 @torch.no_grad()
@@ -232,16 +227,13 @@ def run(task, config: dict, seed: int) -> dict:
     served on the pristine W."""
     config = canonical(config)
     start = time.perf_counter()
-    model, step_seconds = trained(task, config, seed)
-    costs = {"ms_a_step": round(1e3 * step_seconds, 2)}
-    if task.device == "cuda":
-        costs["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    model = trained(task, config, seed)
     metrics = measure(deployed(model) if config["dtype"] == "float32" else model, task, config, seed)
     if config["landscape"]:
         metrics |= landscape(model, task, config, seed)
     if config["dtype"] != "float32":
         metrics |= served_on_pristine(model, task, config, seed)
-    return metrics | costs | {"seconds": round(time.perf_counter() - start, 2)}
+    return metrics | {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def landscape(model: nn.Module, task, config: dict, seed: int) -> dict:

@@ -383,7 +383,9 @@ def picture(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     models = results["models"]
-    figure, axes = plt.subplots(1, len(models), figsize=(1.5 + 4 * len(models), 3.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(1.5 + 4 * len(models), 3.8), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (name, result) in zip(axes[0], models.items()):
         methods = list(dict.fromkeys(row["method"] for row in result["rows"]))[1:]
         accumulations = list(dict.fromkeys(row["accumulation"] for row in result["rows"]))
@@ -391,20 +393,22 @@ def picture(results: dict, path: Path) -> None:
             rows = {row["method"]: row for row in result["rows"] if row["accumulation"] == accumulation}
             height = 0.8 / len(accumulations)
             at = [m + i * height - 0.4 + height / 2 for m in range(len(methods))]
+            over = [100 * (rows[m]["ratio"]["median"] - 1) for m in methods]
+            spread = [100 * rows[m]["ratio"]["spread"] for m in methods]
             bars = axis.barh(
-                at, [100 * (rows[m]["ratio"]["median"] - 1) for m in methods], height, label=f"accumulation {accumulation}"
+                at, over, height, xerr=spread, error_kw={"linewidth": 0.8}, label=f"accumulation {accumulation}"
             )
             axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=2)
         axis.set_yticks(range(len(methods)), methods)
-        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xscale("symlog", linthresh=10)
         axis.margins(x=0.2)
         axis.set_title(f"{name}, {result['plain_ms']:.0f} ms", fontsize=9)
         axis.set_xlabel("step time over plain LoRA, %")
         axis.axvline(0, color="black", linewidth=0.6)
     axes[0, 0].invert_yaxis()  # shared
-    max(axes[0], key=lambda axis: len(axis.containers)).legend(fontsize=7)
+    most = max(axes[0], key=lambda axis: len(axis.containers))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(results["device"], fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 

@@ -305,41 +305,40 @@ def summary(samples: "list[float]") -> dict:
     return {"median": middle, "spread": (high - low) / 2, "repeats": len(samples)}
 
 
+def compare(name: str, case: Case, accumulation: int, device: str, seconds: float) -> "tuple[dict, list, float | None]":
+    """The cell of a method, and the step times and peak memory of the plain turns around its own."""
+    plain, own, plain_peaks, peaks, toggles, began = [], [], [], [], [], time.perf_counter()
+    while len(own) < LEAST_TURNS or time.perf_counter() - began < seconds:
+        steps = len(own[0]) if own else None
+        for make, turns, most in ((Plain, plain, plain_peaks), (METHODS[name], own, peaks)):
+            samples, peak, times = take_turn(make, case, accumulation, device, steps)
+            turns.append(samples)
+            most.append(peak)
+            toggles += times
+    plain.append(take_turn(Plain, case, accumulation, device, len(own[0]))[0])
+    # a turn stands between two of plain: what drifts hits both alike
+    ratios = [
+        statistics.median(turn) / statistics.median(before + after) for turn, before, after in zip(own, plain, plain[1:])
+    ]
+    cell = {"step_ms": summary([*chain(*own)]), "ratio": summary(ratios), "peak_gb": None, "peak_gb_over_plain": None}
+    if None not in peaks:
+        cell.update(peak_gb=max(peaks), peak_gb_over_plain=max(peaks) - max(plain_peaks))
+    if toggles:
+        there, back = zip(*toggles)
+        both = [sum(pair) for pair in toggles]
+        cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
+    return cell, [*chain(*plain)], None if None in plain_peaks else max(plain_peaks)
+
+
 def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device: str, seconds: float, tick: Callable):
     """Rows of results, yielded as far as they are, after each accumulation; ``tick(what)`` before each cell."""
     rows = []
     for accumulation in accumulations:
-        cells, every_plain, plain_peak = {}, [], None
+        cells, every_plain = {}, []
         for name in methods:
             tick(f"accumulation {accumulation}: {name}")
-            plain, own, peaks, toggles, began = [], [], [], [], time.perf_counter()
-            while len(own) < LEAST_TURNS or time.perf_counter() - began < seconds:
-                steps = len(own[0]) if own else None
-                samples, plain_peak, _ = take_turn(Plain, case, accumulation, device, steps)
-                plain.append(samples)
-                samples, peak, times = take_turn(METHODS[name], case, accumulation, device, steps)
-                own.append(samples)
-                peaks.append(peak)
-                toggles += times
-            samples, plain_peak, _ = take_turn(Plain, case, accumulation, device, len(own[0]))
-            plain.append(samples)
-            every_plain += chain(*plain)
-            # a turn stands between two of plain: what drifts hits both alike
-            ratios = [
-                statistics.median(turn) / statistics.median(before + after)
-                for turn, before, after in zip(own, plain, plain[1:])
-            ]
-            cells[name] = cell = {
-                "step_ms": summary([*chain(*own)]),
-                "ratio": summary(ratios),
-                "peak_gb": None if peak is None else max(peaks),
-            }
-            if toggles:
-                there, back = zip(*toggles)
-                both = [sum(pair) for pair in toggles]
-                cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
-        for cell in cells.values():
-            cell["peak_gb_over_plain"] = None if plain_peak is None else cell["peak_gb"] - plain_peak
+            cells[name], samples, plain_peak = compare(name, case, accumulation, device, seconds)
+            every_plain += samples
         zero = None if plain_peak is None else 0.0
         row = {"step_ms": summary(every_plain), "ratio": None, "peak_gb": plain_peak, "peak_gb_over_plain": zero}
         rows += [

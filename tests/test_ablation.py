@@ -151,6 +151,17 @@ def test_a_run_repeats_and_sam_and_restore_are_measured(digits):
     assert drifted["drift"] > 0
 
 
+def test_costs_are_those_of_the_cost_benchmark():
+    results = json.loads(report.COSTS.read_text(encoding="utf-8"))
+    rows = {
+        line.split(" | ")[0].strip("| "): line.count("|") for line in report.cost_table(results).splitlines() if "|" in line
+    }
+    assert set(rows) >= {"plain LoRA", "ours, reversible", "SAM on the adapter", "SAM on W"}
+    assert len(set(rows.values())) == 1  # as many cells in each
+    row = next(r for r in results["models"]["llama-7b"]["rows"] if (r["method"], r["accumulation"]) == ("SAM on W", 1))
+    assert f"| SAM on W | {row['ratio']['median']:.2f} ± " in report.cost_table(results)
+
+
 def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
     arguments = [
         "schedule",

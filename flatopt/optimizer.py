@@ -59,7 +59,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         noise: ``"filter"`` (above), ``"layer"`` (one std a weight: σ × its rms), ``"isotropic"`` (one std for all weights
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.reversible`),
-            ``"copy"`` (keeps a clean copy; exactly Gaussian), ``"subtract"`` (the official code's; W drifts by rounding;
+            ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
             for comparison).
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better

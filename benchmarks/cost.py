@@ -263,7 +263,7 @@ def made(make: Callable, case: Case) -> Iterator[Plain]:
 
 
 def take_turn(make: Callable, case: Case, accumulation: int, device: str, steps: "int | None"):
-    """A new method for a while: (milliseconds of each step, peak memory, [milliseconds to perturb, to restore]).
+    """A new method for a while: (milliseconds of each step, peak memory).
 
     Without ``steps``, as many as fill TURN.
     """
@@ -281,23 +281,37 @@ def take_turn(make: Callable, case: Case, accumulation: int, device: str, steps:
                 clock.points[-1].synchronize()  # or the host would queue steps without end
             if not steps and time.perf_counter() - began > TURN:
                 break
-        samples, gigabytes = clock.intervals(), peak.gigabytes()
-        return samples, gigabytes, time_toggles(method, device, 2) if hasattr(method, "perturb") else []
+        return clock.intervals(), peak.gigabytes()
 
 
-def time_toggles(method: Plain, device: str, repeats: int) -> "list[tuple[float, float]]":
-    times = []
-    for _ in range(repeats + 1):
-        clock = Clock(device)
-        if device == "cuda":
-            torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host gets ahead
-        clock.mark()
-        method.perturb()
-        clock.mark()
-        method.restore()
-        clock.mark()
-        times.append(tuple(clock.intervals()))
-    return times[1:]
+def time_toggles(methods: "list[str]", case: Case, device: str, seconds: float) -> "dict[str, dict]":
+    """Milliseconds to perturb and to restore, of the methods that can do it by themselves, and their sum over the official
+    procedure's; they take turns, one at a time."""
+    times = {name: [] for name in methods if not name.startswith("SAM")}
+    rounds, began = 0, time.perf_counter()
+    while times and (time.perf_counter() - began < seconds or rounds < 5):
+        rounds += 1
+        for name, found in times.items():
+            with made(METHODS[name], case) as method:
+                for _ in range(2):  # the first finds the square sums of W, and compiles
+                    clock = Clock(device)
+                    if device == "cuda":
+                        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host gets ahead
+                    clock.mark()
+                    method.perturb()
+                    clock.mark()
+                    method.restore()
+                    clock.mark()
+                    there, back = clock.intervals()
+                found.append((there, back))
+    toggles = {}
+    for name, found in times.items():
+        there, back = zip(*found)
+        toggles[name] = {"perturb_ms": summary(there), "restore_ms": summary(back), "both_ms": summary([*map(sum, found)])}
+        if "official procedure" in times:
+            ratios = [sum(own) / sum(official) for own, official in zip(found, times["official procedure"])]
+            toggles[name]["both_over_official"] = summary(ratios)
+    return toggles
 
 
 def summary(samples: "list[float]") -> dict:
@@ -307,14 +321,13 @@ def summary(samples: "list[float]") -> dict:
 
 def compare(name: str, case: Case, accumulation: int, device: str, seconds: float) -> "tuple[dict, list, float | None]":
     """The cell of a method, and the step times and peak memory of the plain turns around its own."""
-    plain, own, plain_peaks, peaks, toggles, began = [], [], [], [], [], time.perf_counter()
+    plain, own, plain_peaks, peaks, began = [], [], [], [], time.perf_counter()
     while len(own) < LEAST_TURNS or time.perf_counter() - began < seconds:
         steps = len(own[0]) if own else None
         for make, turns, most in ((Plain, plain, plain_peaks), (METHODS[name], own, peaks)):
-            samples, peak, times = take_turn(make, case, accumulation, device, steps)
+            samples, peak = take_turn(make, case, accumulation, device, steps)
             turns.append(samples)
             most.append(peak)
-            toggles += times
     plain.append(take_turn(Plain, case, accumulation, device, len(own[0]))[0])
     # a turn stands between two of plain: what drifts hits both alike
     ratios = [
@@ -323,10 +336,6 @@ def compare(name: str, case: Case, accumulation: int, device: str, seconds: floa
     cell = {"step_ms": summary([*chain(*own)]), "ratio": summary(ratios), "peak_gb": None, "peak_gb_over_plain": None}
     if None not in peaks:
         cell.update(peak_gb=max(peaks), peak_gb_over_plain=max(peaks) - max(plain_peaks))
-    if toggles:
-        there, back = zip(*toggles)
-        both = [sum(pair) for pair in toggles]
-        cell.update(perturb_ms=summary(there), restore_ms=summary(back), both_ms=summary(both))
     return cell, [*chain(*plain)], None if None in plain_peaks else max(plain_peaks)
 
 
@@ -354,21 +363,23 @@ def table(name: str, result: dict) -> Table:
     shown = Table(title=f"{name}: {result['what']}; {result['layers']} layers, {result['weights'] / 1e6:.1f} M weights")
     for column in ("accumulation", "method"):
         shown.add_column(column)
-    for column in ("step ms", "ratio to plain", "perturb ms", "restore ms", "peak GB over plain"):
+    for column in ("step ms", "ratio to plain", "perturb ms", "restore ms", "both over official", "peak GB over plain"):
         shown.add_column(column, justify="right")
 
     def cell(value: "dict | None") -> str:
         return "" if value is None else f"{value['median']:.2f} ± {value['spread']:.2f}"
 
     for row in result["rows"]:
-        over = row["peak_gb_over_plain"]
+        over, toggles = row["peak_gb_over_plain"], result["toggles"].get(row["method"], {})
+        over_official = toggles.get("both_over_official")
         shown.add_row(
             str(row["accumulation"]),
             row["method"],
             cell(row["step_ms"]),
             "1" if row["ratio"] is None else f"{row['ratio']['median']:.3f} ± {row['ratio']['spread']:.3f}",
-            cell(row.get("perturb_ms")),
-            cell(row.get("restore_ms")),
+            cell(toggles.get("perturb_ms")),
+            cell(toggles.get("restore_ms")),
+            f"{over_official['median']:.2f} ± {over_official['spread']:.2f}" if over_official else "",
             "" if over is None else f"{row['peak_gb']:.3f}" if row["method"] == "plain LoRA" else f"{over:+.3f}",
             end_section=row is result["rows"][-1] or row["method"] == list(METHODS)[-1],
         )
@@ -456,7 +467,8 @@ def main() -> None:
             layers = [m for m in case.model.modules() if isinstance(m, LoraLayer)]
             weights = sum(layer.get_base_layer().weight.numel() for layer in layers)
             run = {"command": shlex.join(sys.argv), "versions": versions, "seed": args.seed}
-            sizes = {"what": case.what, "layers": len(layers), "weights": weights}
+            toggles = time_toggles(args.methods, case, args.device, 4 * args.seconds)
+            sizes = {"what": case.what, "layers": len(layers), "weights": weights, "toggles": toggles}
             for rows in measure(case, args.accumulation, args.methods, args.device, args.seconds, tick):
                 results["models"][name] = {**run, **sizes, "plain_ms": rows[0]["step_ms"]["median"], "rows": rows}
                 file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

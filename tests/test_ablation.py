@@ -62,7 +62,7 @@ def test_settings_that_an_objective_does_not_read_do_not_make_another_run():
 def test_every_study_reads_and_each_row_differs_from_its_reference_in_the_objective_alone():
     base, tuned = ablation.read_base(False), {"sigma": 0.3, "lr": dict.fromkeys(train.ADAPTERS, 0.01)}
     studies = ablation.read_studies([])
-    assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghij"]
+    assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghijk"]
     of_objectives = {key for keys in train.OBJECTIVES.values() for key in keys} | {"objective"}
     for study in studies.values():
         for _, config, reference in ablation.pairs(study, base["digits"], tuned):

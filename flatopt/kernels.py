@@ -33,6 +33,10 @@ from . import noise
 from .reversible import _delta_table, grid_bits
 from .scale import fill_std
 
+# older ones (torch < 2.6) run _norms wrongly in their interpreter, and were not tried on a GPU
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
+    raise ImportError(f"the kernels need Triton 3.2, there is {triton.__version__}")
+
 MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
 TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -293,6 +297,7 @@ def _norms(
     own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=inside, other=0.0)
     total = own + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1)
     std = tl.sqrt_rn(tl.maximum(total, 0.0) / n.to(tl.float32)) * sigma
+    std = tl.where(std < float("inf"), std, 0.0)  # a row with inf or NaN gets no noise
     tl.store(stds + tl.load(layer + STDS) + row, std, mask=inside)
 
 
@@ -319,7 +324,6 @@ def _move(
     if PACKED:
         n, row_stride = tl.multiple_of(n, 8), tl.multiple_of(row_stride, 8)
     std = tl.load(stds + tl.load(layer + STDS) + row, mask=inside, other=0.0)
-    std = tl.where(std < float("inf"), std, 0.0)  # a row with inf or NaN gets no noise
 
     rho, delta, step = _grid(std, below, DTYPE, table)
     rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0

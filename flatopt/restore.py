@@ -35,7 +35,7 @@ FUSED_ON = {"cuda"}  # device types
 def _kernels():
     try:
         from . import kernels
-    except ImportError:  # no Triton
+    except ImportError:  # no Triton, or too old a one
         return None
     return kernels
 

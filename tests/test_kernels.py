@@ -13,7 +13,7 @@ from flatopt import FlatPerturbOptimizer, noise, restore
 from flatopt.reference import standard_deviation
 from flatopt.reversible import grid, toggle_
 
-pytest.importorskip("triton", reason="the kernels need Triton")
+pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +35,11 @@ def test_the_tests_below_in_tritons_interpreter():
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+def test_too_old_a_triton_is_left_alone():
+    code = "import triton; triton.__version__ = '3.1.0'; from flatopt import restore; assert restore._kernels() is None"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
-r"""The reversible map of :mod:`flatopt.reversible` on CUDA: row norms, noise, map and write in one launch for all layers.
+r"""The reversible map of :mod:`flatopt.reversible` on CUDA, all layers in three launches: factors, row norms, map and write.
 
 Bound by memory and, nearly as much, by instructions: at 4.3 TB/s an H200 has 35 issue slots for each bf16 weight that is
 read and written. So two columns share one thread, one hash and one Box-Muller, functions are the hardware's own
 approximations, and a floor is an addition that rounds down.
 
-A program owns ``ROWS`` rows of one layer. To perturb, it first streams over them for
-:math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,B_i\cdot(WA^\top)_i + s^2 B_i(AA^\top)B_i^\top` (tensor cores;
-:math:`\lVert w\rVert^2` is cached, as W is frozen) and keeps the std, 4 bytes a row; then again, from L2, to draw, map and
-write. To restore it reads the std back and applies the same map. Which program, thread or launch meets an element changes
-nothing: its noise follows from (step, target, row, column).
+``_prepare`` copies the A of every adapter for the tensor cores; ``_norms`` streams once over W for
+:math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,B_i\cdot(WA^\top)_i + s^2 B_i(AA^\top)B_i^\top`, with
+:math:`\lVert w\rVert^2` cached, as W is frozen, and keeps the std, 4 bytes a row; ``_move`` draws, maps and writes, and to restore
+does the same again. For the other restore modes it plainly adds and subtracts the noise. Which program, thread or launch meets
+an element changes nothing: its noise follows from (step, target, row, column).
 
 Same noise as the reference up to the last bits of the functions; where w/a is an integer but for rounding, the two may
 count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both
@@ -376,7 +376,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def fuse(draws: list) -> Callable[[int], None]:
-    """What moves the weights of ``draws``, all :func:`taken <takes>`: 0 by the reversible map, 1 adds, -1 subtracts it.
+    """What moves the weights of ``draws``, all :func:`taken <takes>`, given 0: the reversible map, or 1, -1: +- the noise.
 
     Sets ``draw.std`` where it is not set. One launch (and at first a small one to prepare it) for all layers alike in
     device, dtypes and alignment; nothing waits for the GPU.

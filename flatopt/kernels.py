@@ -6,9 +6,9 @@ approximations, and a floor is an addition that rounds down.
 
 ``_prepare`` copies the A of every adapter for the tensor cores; ``_norms`` streams once over W for
 :math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,B_i\cdot(WA^\top)_i + s^2 B_i(AA^\top)B_i^\top`, with
-:math:`\lVert w\rVert^2` cached, as W is frozen, and keeps the std, 4 bytes a row; ``_move`` draws, maps and writes, and to restore
-does the same again. For the other restore modes it plainly adds and subtracts the noise. Which program, thread or launch meets
-an element changes nothing: its noise follows from (step, target, row, column).
+:math:`\lVert w\rVert^2` cached, as W is frozen, and keeps the std, 4 bytes a row; ``_move`` draws, maps and writes, and
+does the same again to restore. For the other restore modes it plainly adds and subtracts the noise. Which program, thread or
+launch meets an element changes nothing: its noise follows from (step, target, row, column).
 
 Same noise as the reference up to the last bits of the functions; where w/a is an integer but for rounding, the two may
 count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both

@@ -309,6 +309,15 @@ def _add(word, radius, cosine, sine, std, SIGN: tl.constexpr, DTYPE: tl.constexp
     return _round(even, odd, DTYPE, APPROX)
 
 
+@triton.jit
+def _moved(word, radius, cosine, sine, std, rho, delta, step, HOW: tl.constexpr, DTYPE: tl.constexpr, APPROX: tl.constexpr):
+    """A word after the reversible map (``HOW`` 0), or plus or minus the noise (1, -1)."""
+    if HOW == 0:
+        return _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
+    else:
+        return _add(word, radius, cosine, sine, std, HOW, DTYPE, APPROX)
+
+
 @triton.jit(do_not_specialize=["below"])
 def _move(
     layers, tiles, stds, table, below,
@@ -344,19 +353,13 @@ def _move(
         radius, cosine, sine = _normals(pair, first, second, APPROX)
         if PACKED:
             word = tl.load(at + pair, mask=here, other=0)
-            if HOW == 0:
-                word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
-            else:
-                word = _add(word, radius, cosine, sine, std[:, None], HOW, DTYPE, APPROX)
+            word = _moved(word, radius, cosine, sine, std[:, None], rho, delta, step, HOW, DTYPE, APPROX)
             tl.store(at + pair, word, mask=here)
         else:
             even = at + 2 * pair.to(tl.int64) * column_stride
             odd, both = even + column_stride, here & (2 * pair.to(tl.int64) + 1 < n)
             word = _join(tl.load(even, mask=here, other=0), tl.load(odd, mask=both, other=0), DTYPE)
-            if HOW == 0:
-                word = _map(word, radius, cosine, sine, rho, delta, step, DTYPE, APPROX)
-            else:
-                word = _add(word, radius, cosine, sine, std[:, None], HOW, DTYPE, APPROX)
+            word = _moved(word, radius, cosine, sine, std[:, None], rho, delta, step, HOW, DTYPE, APPROX)
             tl.store(even, word.to(ELEMENT), mask=here)
             tl.store(odd, (word >> ELEMENT.primitive_bitwidth).to(ELEMENT), mask=both)
 

@@ -12,11 +12,13 @@ from .reversible import GRID_BITS
 from .scale import weight_square_sums
 from .sharding import is_sharded, local, local_delta, splits_rows_only
 
+OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0, 1)}  # layout of a weight -> its dimensions of outputs
+
 
 class Target:
     """One frozen weight: ``module.name``, looked up anew at each use, since FSDP2 and others replace Parameters.
 
-    ``layout``: where the outputs are; ``"rows"``: dimension 0, ``"columns"``: 1, ``"experts"``: 0 and 1.
+    ``layout``: where the outputs are, see OUTPUTS.
     """
 
     def __init__(self, module: nn.Module, name: str, path: str, layer: nn.Module, delta_of: Callable, layout: str = "rows"):
@@ -136,9 +138,7 @@ class Target:
                 f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
                 "FSDP2, where each rank keeps rows of the weight"
             )
-        if is_sharded(parameter) and not splits_rows_only(
-            parameter, {"rows": (0,), "columns": (1,), "experts": (0, 1)}[self._layout]
-        ):
+        if not splits_rows_only(parameter, OUTPUTS[self._layout]):
             raise ValueError(
                 f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
                 "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"

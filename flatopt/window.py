@@ -122,9 +122,8 @@ class Window:
             if self.suspended_by is None:
                 self._run_undo()
             for target, _, weight, _ in self._seen:
-                if (
-                    local(target.parameter).data_ptr() != weight.data_ptr()
-                ):  # model.to(...) since then: what it should have moved
+                # after model.to(...): what it should have moved
+                if local(target.parameter).data_ptr() != weight.data_ptr():
                     target.weight.copy_(weight)
         finally:
             self._plans, self._seen, self._undo, self.suspended_by = [], [], [], None

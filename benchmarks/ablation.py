@@ -209,23 +209,24 @@ def tune(store: Store, base: dict, grid: dict, runner) -> None:
     from ablation_train import ADAPTERS, canonical
 
     def best(what: str, by_value: "dict[float, dict]") -> float:
-        runner([(canonical(config), seed) for config in by_value.values() for seed in grid["seeds"]], what)
+        configs = {value: canonical(config) for value, config in by_value.items()}
+        runner([(config, seed) for config in configs.values() for seed in grid["seeds"]], what)
 
         def score(value):
-            found = [store.get(canonical(by_value[value]), seed) for seed in grid["seeds"]]
+            found = [store.get(configs[value], seed) for seed in grid["seeds"]]
             return -math.inf if None in found else sum(metrics["validation_accuracy"] for metrics in found)
 
-        return max(by_value, key=score)
+        return max(configs, key=score)
 
     done = store.tuned.get("grid", {})
     new = {key for key in grid if done.get(key) != grid[key]}
-    tuned = {} if "seeds" in new or "lr" in new else dict(store.tuned)
+    tuned = {} if new & {"seeds", "lr"} else {key: value for key, value in store.tuned.items() if key not in new}
     if "lr" not in tuned:
         tuned["lr"] = {a: best(f"lr of {a}", {lr: {**base, "adapter": a, "lr": lr} for lr in grid["lr"]}) for a in ADAPTERS}
     lora = {**base, "lr": tuned["lr"]["lora"]}
-    if "sigma" not in tuned or "sigma" in new:
+    if "sigma" not in tuned:
         tuned["sigma"] = best("σ", {sigma: {**lora, "objective": "flat", "sigma": sigma} for sigma in grid["sigma"]})
-    if "rho" not in tuned or "rho" in new:
+    if "rho" not in tuned:
         sam = {**lora, "objective": "sam"}
         tuned["rho"] = {
             space: best(f"ρ on {space}", {rho: {**sam, "space": space, "rho": rho} for rho in grid["rho"]})

@@ -39,14 +39,19 @@ def holm(p_values: "list[float]") -> "list[float]":
     return adjusted
 
 
-def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
-    """``(name, metrics by seed, metrics of the reference by seed)`` of every row, from the first environment in which all
-    seeds of all rows were run, where ``store.index`` is left; empty if there is none."""
+def paired_runs(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
+    """``(name, metrics by seed, metrics of the reference by seed)`` of every row, from the environment that ``store`` is at;
+    empty unless all seeds of all rows were run there."""
     rows = [row for row in pairs(study, base, store.tuned) if row[1] != row[2]] if store.tuned else []
+    found = [(row[0], *([store.get(c, seed) for seed in range(seeds)] for c in row[1:])) for row in rows]
+    return found if all(None not in side for row in found for side in row[1:]) else []
+
+
+def complete(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
+    """:func:`paired_runs` of the first environment that has any, where ``store.index`` is left; empty if there is none."""
     for index in range(len(store.environments)):
         store.index = index
-        found = [(row[0], *([store.get(c, seed) for seed in range(seeds)] for c in row[1:])) for row in rows]
-        if found and all(None not in side for row in found for side in row[1:]):
+        if found := paired_runs(store, study, base, seeds):
             return found
     return []
 
@@ -201,8 +206,10 @@ def write(folder: Path, studies: dict, base: dict, stores: dict, seeds: int) -> 
         by_task = {task: rows for task, rows in by_task.items() if rows}
         if by_task:
             where = {task: stores[task].environments[stores[task].index]["device"] for task in by_task}
-            other = {**study, "reference": study.get("also_against", {})}
-            also = {task: complete(stores[task], other, base[task], seeds) for task in by_task}
+            also = {}
+            if "also_against" in study:
+                other = {**study, "reference": study["also_against"]}
+                also = {task: paired_runs(stores[task], other, base[task], seeds) for task in by_task}
             parts.append(section(folder, name, study, by_task, also, where, seeds))
     if parts:
         (folder / "ablation.md").write_text("\n".join([head(stores), *parts]), encoding="utf-8")
@@ -221,7 +228,7 @@ def section(folder: Path, name: str, study: dict, by_task: dict, also: dict, whe
     parts = [f"## {study['title']}", study["question"], f"`python benchmarks/ablation.py {name}`"]
     for task, rows in by_task.items():
         parts += [f"**{task}**, {seeds} paired seeds, {where[task]}", make_table(rows)]
-        if "also_against" in study:
+        if also:
             parts += [f"The same runs against {study['also_against']['name']}:", table(also[task])]
         if "pristine_accuracy" in rows[0][1][0]:
             parts.append(pristine_table(rows))

@@ -105,7 +105,7 @@ def subtract_(draws: "list[Draw]") -> Callable[[], None]:
     move = _mover(draws)
     for draw in draws:
         if draw.std is None:  # sigma |w| elementwise, and |w| is gone once w has moved
-            draw.std = draw.rows.abs().mul_(draw.sigma)
+            draw.std = draw.rows.to(torch.promote_types(draw.rows.dtype, torch.float32)).abs().mul_(draw.sigma)
     move(ADD)
     return lambda: move(SUBTRACT)
 

@@ -377,6 +377,22 @@ def test_same_seed_same_noise(kind, restore):
     assert torch.equal(run(7, tall=41)[1], again[1])  # nor another target's shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["filter", "layer", "isotropic", "element"])
+def test_copy_and_subtract_add_the_same_noise(kind, dtype):
+    def perturbed(restore):
+        weight = gaussian_weights(40, 64, dtype)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        options = {"sigma": 0.3, "schedule": "constant", "noise": kind, "restore": restore}
+        optimizer = FlatPerturbOptimizer(optimizer, [{"params": [weight]}], **options)
+        optimizer.perturb()
+        return weight.clone()
+
+    added, of_subtract = perturbed("copy"), perturbed("subtract")
+    assert not torch.equal(added, gaussian_weights(40, 64, dtype))
+    assert torch.equal(added, of_subtract)
+
+
 @pytest.mark.parametrize("restore", ["reversible", "copy", "subtract"])
 @pytest.mark.parametrize("kind", ["filter", "layer", "isotropic", "element"])
 def test_global_random_states_are_untouched(kind, restore):

@@ -42,6 +42,7 @@ from flatopt import SAM, FlatPerturbOptimizer
 SIGMA = 0.05  # any would do: the time does not depend on it
 WARM_UP = 1  # steps, at each turn
 TURN, MOST_STEPS, LEAST_TURNS = 0.3, 100, 3  # a turn's seconds, at most so many steps; turns of a method, at least
+TOGGLES = 12  # seconds to time perturb and restore for
 
 
 # --- models: (model with LoRA r 8 on all its linear layers, a function from a batch to the loss, a batch) ----------------
@@ -284,12 +285,12 @@ def take_turn(make: Callable, case: Case, accumulation: int, device: str, steps:
         return clock.intervals(), peak.gigabytes()
 
 
-def time_toggles(methods: "list[str]", case: Case, device: str, seconds: float) -> "dict[str, dict]":
+def time_toggles(methods: "list[str]", case: Case, device: str) -> "dict[str, dict]":
     """Milliseconds to perturb and to restore, of the methods that can do it by themselves, and their sum over the official
     procedure's; they take turns, one at a time."""
     times = {name: [] for name in methods if not name.startswith("SAM")}
     rounds, began = 0, time.perf_counter()
-    while times and (time.perf_counter() - began < seconds or rounds < 5):
+    while times and (time.perf_counter() - began < TOGGLES or rounds < 5):
         rounds += 1
         for name, found in times.items():
             with made(METHODS[name], case) as method:
@@ -466,7 +467,7 @@ def main() -> None:
             layers = [m for m in case.model.modules() if isinstance(m, LoraLayer)]
             weights = sum(layer.get_base_layer().weight.numel() for layer in layers)
             run = {"command": shlex.join(sys.argv), "versions": versions, "seed": args.seed}
-            toggles = time_toggles(args.methods, case, args.device, 4 * args.seconds)
+            toggles = time_toggles(args.methods, case, args.device)
             sizes = {"what": case.what, "layers": len(layers), "weights": weights, "toggles": toggles}
             for rows in measure(case, args.accumulation, args.methods, args.device, args.seconds, tick):
                 results["models"][name] = {**run, **sizes, "plain_ms": rows[0]["step_ms"]["median"], "rows": rows}

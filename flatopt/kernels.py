@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import noise
+from .draw import Draw
 from .reversible import _delta_table, grid_bits
 from .scale import fill_std
 
@@ -44,13 +45,14 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 ROWS, PAIRS, WARPS = 16, 64, 4
 SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+COUNTS_LISTS = torch.__version__ >= (2, 6)
 MAX_RANK = 64  # beyond it the small matrices of _norms no longer fit shared memory everywhere
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 # The table of layers: one int64 row each, of these fields.
 FIELDS = tl.constexpr(18)
 WEIGHT, SHAPE, STRIDE, STDS, SUMS = (tl.constexpr(i) for i in (0, 1, 3, 5, 6))
-RANK_OF, A_AT, B_AT, SCRATCH, SCALING, KEY = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16))
+RANK_OF, A_AT, B_AT, SCRATCH, SCALING, INDEX = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16))
 
 
 # --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
@@ -318,9 +320,16 @@ def _moved(word, radius, cosine, sine, std, rho, delta, step, HOW: tl.constexpr,
         return _add(word, radius, cosine, sine, std, HOW, DTYPE, APPROX)
 
 
-@triton.jit(do_not_specialize=["below"])
+@triton.jit
+def _sub_key(first, second, index):
+    """:func:`flatopt.noise.sub_key`."""
+    first = _mix(index.to(tl.uint32) * GOLDEN + first)
+    return first, _mix(first ^ second)
+
+
+@triton.jit(do_not_specialize=["below", "first", "second"])
 def _move(
-    layers, tiles, stds, table, below,
+    layers, tiles, stds, table, below, first, second,
     HOW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -336,8 +345,12 @@ def _move(
 
     rho, delta, step = _grid(std, below, DTYPE, table)
     rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
-    first = _mix(row.to(tl.uint32) * GOLDEN + tl.load(layer + KEY).to(tl.uint32))
-    first, second = first[:, None], _mix(first ^ tl.load(layer + KEY + 1).to(tl.uint32))[:, None]
+    first, second = _sub_key(first.to(tl.uint32), second.to(tl.uint32), tl.load(layer + INDEX))
+    part = tl.load(layer + INDEX + 1)
+    if part != 0:
+        first, second = _sub_key(first, second, part)
+    first, second = _sub_key(first, second, row)
+    first, second = first[:, None], second[:, None]
 
     right = tl.minimum(left + SPAN, (n // 2 + n % 2).to(tl.int32))
     if PACKED:
@@ -367,10 +380,10 @@ def _move(
 # --- from Python ------------------------------------------------------------------------------------------------------
 
 
-def takes(draw) -> bool:
+def takes(draw: Draw) -> bool:
     """Whether the kernel can move this weight; the rest goes the reference's way."""
-    rows = draw.rows
-    return rows.dtype in DTYPES and draw.noise != "element" and (rows.dtype != torch.bfloat16 or _has_bf16(rows.device))
+    dtype = draw.weight.dtype
+    return dtype in DTYPES and draw.noise != "element" and (dtype != torch.bfloat16 or _has_bf16(draw.weight.device))
 
 
 @functools.cache
@@ -378,99 +391,131 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or not APPROX or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def fuse(draws: list) -> Callable[[int], None]:
+def fuse(draws: "list[Draw]") -> Callable[[int], None]:
     """What moves the weights of ``draws``, all :func:`taken <takes>`, given 0: the reversible map, or 1, -1: +- the noise.
 
-    Sets ``draw.std`` where it is not set. One launch (and at first a small one to prepare it) for all layers alike in
+    Sets ``draw.std`` where it is not set. One launch (and at first two small ones, for the stds) for all layers alike in
     device, dtypes and alignment; nothing waits for the GPU.
     """
-    norms = draws[0].std is None and draws[0].noise == "filter"
-    deltas = [_factors(draw) if norms else None for draw in draws]
-    given = [draw for draw, factors in zip(draws, deltas) if factors is None]
-    if given:
-        fill_std(given)
-    launches = {}
-    for draw, factors in zip(draws, deltas):
-        launches.setdefault(_kind(draw, factors), []).append((draw, factors))
-    moves = [_mover(*kind, members) for kind, members in launches.items()]
+    layers = [_layer(draw) for draw in draws]
+    known, launches = draws[0].launches or (None, None)
+    if known != layers:
+        by_kind = {}
+        for draw, layer in zip(draws, layers):
+            by_kind.setdefault(layer.kind, []).append((draw, layer))
+        launches = [Launch(*kind, members) for kind, members in by_kind.items()]
+        draws[0].launches = layers, launches
+    unknown = [draw for draw in draws if draw.std is None and draw.layer.factors is None]
+    if unknown:
+        fill_std(unknown)
+    for launch in launches:
+        launch.fill()
 
     def move(how: int) -> None:
-        for each in moves:
-            each(how)
+        for launch in launches:
+            launch.move(how)
 
     return move
 
 
-def _factors(draw) -> "tuple | None":
+def _layer(draw: Draw) -> "Layer":
+    if draw.std is None:
+        state = draw.target.delta_state()
+        if draw.layer is None or state is None or draw.layer.state != state:
+            draw.layer = Layer(draw, state, _factors(draw))
+    elif draw.layer is None:
+        draw.layer = Layer(draw, None, None)
+    return draw.layer
+
+
+def _factors(draw: Draw) -> "tuple | None":
     """(B, A, scaling, square sums of W), or None if the std does not follow from one pair of factors."""
     delta = draw.target.delta()
     if delta.dense is not None or delta.row_norm is not None or delta.alpha is not None or len(delta.factors) > 1:
         return None
     if not delta.factors:
-        return None, None, 0.0, draw.target.square_sums(draw.rows)
+        return None, None, 0.0, draw.square_sums(draw.rows)
     B, A, scaling = delta.factors[0]
     if isinstance(scaling, Tensor) or A.shape[0] > MAX_RANK or A.dtype not in DTYPES or B.dtype not in DTYPES:
         return None
-    if not A.device == B.device == draw.rows.device:
+    if not A.device == B.device == draw.weight.device:
         return None
-    return B, A, scaling, draw.target.square_sums(draw.rows)
+    return B, A, scaling, draw.square_sums(draw.rows)
 
 
-def _kind(draw, factors: "tuple | None") -> tuple:
-    rows = draw.rows
-    (_, n), (down, right) = rows.shape, rows.stride()
-    packed = right == 1 and (n | down) % 8 == 0 and rows.data_ptr() % 16 == 0
-    if factors is None or factors[1] is None:
-        return rows.device, rows.dtype, packed, torch.float32, torch.float32, 16
-    B, A, _, _ = factors
-    return rows.device, rows.dtype, packed, A.dtype, B.dtype, max(16, 1 << (A.shape[0] - 1).bit_length())
+class Layer:
+    """A weight and its factors, as the table has them, while both stay where they are.
 
+    ``state``: all that the factors follow from, as :meth:`Target.delta_state` tells it; None: good for this step only.
+    """
 
-def _mover(device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: list) -> Callable[[int], None]:
-    table, shapes, offset, scratch_size = array.array("q"), [], 0, 0
-    for draw, factors in members:
-        rows = draw.rows
-        m, n = rows.shape
+    def __init__(self, draw: Draw, state: "tuple | None", factors: "tuple | None"):
+        rows, self.factors = draw.rows, factors  # the latter kept, so that nothing else takes their memory
         B, A, scaling, sums = factors or (None, None, 0.0, None)
-        r = 0 if A is None else A.shape[0]
-        table.extend((rows.data_ptr(), m, n, *rows.stride(), offset, 0 if sums is None else sums.data_ptr(), r))
-        table.extend((A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0))
-        table.extend((scratch_size, *struct.unpack("i", struct.pack("f", scaling)), *draw.key))
-        shapes.append((m, n))
-        offset, scratch_size = offset + m, scratch_size + (r * n + 7) // 8 * 8
+        (m, n), (down, right), r = rows.shape, rows.stride(), 0 if A is None else A.shape[0]
+        pointers = (A.data_ptr(), B.data_ptr()) if r else ()
+        self.state = state if factors and state is not None and all(p in state for p in pointers) else None
+        packed = right == 1 and (n | down) % 8 == 0 and rows.data_ptr() % 16 == 0
+        dtypes = (A.dtype, B.dtype) if r else (torch.float32, torch.float32)
+        self.kind = rows.device, rows.dtype, packed, *dtypes, max(16, 1 << (r - 1).bit_length() if r else 0)
+        self.shape, self.scratch = (m, n), (r * n + 7) // 8 * 8
+        self.fields = [rows.data_ptr(), m, n, down, right, 0, 0 if sums is None else sums.data_ptr(), r]
+        self.fields += (A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0)
+        self.fields += (0, *struct.unpack("i", struct.pack("f", scaling)), draw.index, draw.part)
 
-    shapes, layers, deltas = tuple(shapes), _upload(table, device), _delta_table(device)
-    stds = torch.empty(offset, dtype=torch.float32, device=device)
-    for (draw, factors), std in zip(members, stds.unsqueeze(1).split([m for m, _ in shapes])):
-        if factors is None:
-            std.copy_(draw.std.expand_as(std))
-        else:
-            draw.std = std
-    weights, sigma = [draw.rows for draw, _ in members], members[0][0].sigma
-    below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, dtype)
 
-    if any(factors is not None for _, factors in members):
-        tiles = _tiles(shapes, NORM_ROWS, None, device)
+class Launch:
+    """Layers alike in device, dtypes and alignment, and their table on the device."""
+
+    def __init__(self, device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: "list[tuple[Draw, Layer]]"):
+        self.device, self.dtype, self.rank, self.a_dtype = device, dtype, rank, DTYPES[a_dtype]
+        self.packed, self.b_dtype = packed, DTYPES[b_dtype]
+        self.draws = [draw for draw, _ in members]
+        table, shapes, offset, self.scratch = array.array("q"), [], 0, 0
+        for _, layer in members:
+            fields = layer.fields.copy()
+            fields[STDS.value], fields[SCRATCH.value] = offset, self.scratch
+            table.extend(fields)
+            shapes.append(layer.shape)
+            offset, self.scratch = offset + layer.shape[0], self.scratch + layer.scratch
+        self.layers = _upload(table, device)
+        self.tiles = _tiles(tuple(shapes), ROWS, SPAN.value, device)
+        self.norm_tiles = _tiles(tuple(shapes), NORM_ROWS, None, device)
+        self.stds = torch.empty(offset, dtype=torch.float32, device=device)
+        self.std_of = self.stds.unsqueeze(1).split([m for m, _ in shapes])
+
+    def fill(self) -> None:
+        """The stds: those given, or else found here."""
+        find = False
+        for draw, std in zip(self.draws, self.std_of):
+            if draw.std is None:
+                find, draw.std = True, std
+            elif draw.std is not std:
+                std.copy_(draw.std.expand_as(std))
+        if not find:
+            return
+        device, dtype, rank = self.device, DTYPES[self.dtype], self.rank
         depth = max(32, NORM_DEPTH * 16 // rank)
-        scratch = torch.empty(max(scratch_size, 1), dtype=dtype, device=device)
-        grams = torch.empty(len(members), rank, rank, device=device)
-        kinds = packed, DTYPES[dtype], DTYPES[b_dtype], rank, NORM_ROWS, depth, APPROX
+        scratch = torch.empty(max(self.scratch, 1), dtype=self.dtype, device=device)
+        grams = torch.empty(len(self.draws), rank, rank, device=device)
+        kinds = self.packed, dtype, self.b_dtype, rank, NORM_ROWS, depth, APPROX
         with _on(device):
-            _prepare[(len(members),)](layers, scratch, grams, DTYPES[dtype], DTYPES[a_dtype], rank, depth, APPROX)
-            _norms[(len(tiles),)](
-                layers, tiles, stds, scratch, grams, sigma, *kinds, num_warps=NORM_WARPS, num_stages=NORM_STAGES
-            )
+            _prepare[(len(self.draws),)](self.layers, scratch, grams, dtype, self.a_dtype, rank, depth, APPROX)
+            _norms[(len(self.norm_tiles),)](
+                self.layers, self.norm_tiles, self.stds, scratch, grams, self.draws[0].sigma, *kinds,
+                num_warps=NORM_WARPS, num_stages=NORM_STAGES,
+            )  # fmt: skip
 
-    def move(how: int) -> None:
-        tiles = _tiles(shapes, ROWS, SPAN.value, device)
-        with _on(device):
-            _move[(len(tiles),)](
-                layers, tiles, stds, deltas, below, how, packed, DTYPES[dtype], ROWS, PAIRS, APPROX,
+    def move(self, how: int) -> None:
+        sigma, key = self.draws[0].sigma, self.draws[0].step_key
+        below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, self.dtype)
+        with _on(self.device):
+            _move[(len(self.tiles),)](
+                self.layers, self.tiles, self.stds, _delta_table(self.device), below, *map(noise.signed, key),
+                how, self.packed, DTYPES[self.dtype], ROWS, PAIRS, APPROX,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-        _count_write(weights)
-
-    return move
+        _count_write([draw.weight for draw in self.draws])
 
 
 def _on(device: torch.device):
@@ -496,7 +541,7 @@ def _tiles(shapes: "tuple[tuple[int, int], ...]", rows: int, span: "int | None",
 
 def _count_write(weights: "list[Tensor]") -> None:
     # a kernel's writes do not move the version counters, by which autograd knows that W changed
-    if torch.__version__ >= (2, 6):
+    if COUNTS_LISTS:
         torch.autograd.graph.increment_version(weights)
     else:
         for weight in weights:

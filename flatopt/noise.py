@@ -43,14 +43,14 @@ def sub_key(key: "tuple[int, int]", index: int) -> "tuple[int, int]":
     return first, mix(first ^ key[1])
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
 @functools.cache
 def _int32(constant: int) -> Tensor:
     # an operand that is a tensor already saves torch half of what a small operation takes
-    return torch.tensor(_signed(constant), dtype=torch.int32)
+    return torch.tensor(signed(constant), dtype=torch.int32)
 
 
 def _xor_shift_(x: Tensor, bits: int, shifted: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def _mix_(x: Tensor) -> Tensor:
 def row_keys(key: "tuple[int, int]", rows: int, device: torch.device) -> "tuple[Tensor, Tensor]":
     """:func:`sub_key` of every row at once: two int32 tensors of shape ``(rows, 1)``."""
     index = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
-    first = _mix_(index.mul_(_int32(GOLDEN)).add_(_signed(key[0])))
-    return first, _mix_(first.bitwise_xor(_signed(key[1])))
+    first = _mix_(index.mul_(_int32(GOLDEN)).add_(signed(key[0])))
+    return first, _mix_(first.bitwise_xor(signed(key[1])))
 
 
 @functools.cache

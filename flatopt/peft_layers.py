@@ -98,8 +98,11 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
     return Delta(dense=total.flatten(1))
 
 
-def plain_lora(layer: nn.Module) -> "list | None":
-    """All that a LoRA layer's delta follows from, if that is but its A and B, to be compared by identity; else None."""
+def plain_lora(layer: nn.Module) -> "tuple | None":
+    """All that a LoRA layer's delta follows from, if that is but its A and B, to be compared with ``==``; else None.
+
+    A and B by identity and memory: who compares must keep them alive, so that no other tensor takes their place.
+    """
     if family(layer) != "lora" or "parameter_name" in layer.__dict__:
         return None
     state = [layer.disable_adapters]
@@ -107,13 +110,13 @@ def plain_lora(layer: nn.Module) -> "list | None":
     for name in layer.active_adapters:
         state.append(name)
         if name in A_of:
-            A, B = A_of[name]._parameters.get("weight"), B_of[name]._parameters.get("weight")
-            if A is None or B is None or isinstance(layer.scaling[name], Tensor):
+            A, B, scaling = A_of[name]._parameters.get("weight"), B_of[name]._parameters.get("weight"), layer.scaling[name]
+            if type(A) is not nn.Parameter or type(B) is not nn.Parameter or isinstance(scaling, Tensor):
                 return None
-            state += (A, B, layer.scaling[name])
+            state += (id(A), A.data_ptr(), A.dtype, id(B), B.data_ptr(), B.dtype, scaling)
         elif _has(layer, name):
             return None
-    return state
+    return tuple(state)
 
 
 def _has(layer: nn.Module, adapter: str) -> bool:

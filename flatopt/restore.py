@@ -6,27 +6,13 @@ way, or one for quantised weights, is another such function.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from . import noise, reversible
+from .draw import Draw
 from .scale import fill_std
 from .scratch import Scratch
-
-
-@dataclass
-class Draw:
-    """One weight's noise for one step. ``rows``: its 2-D view; ``std``: set by :func:`flatopt.scale.fill_std`."""
-
-    target: object
-    rows: Tensor
-    key: "tuple[int, int]"
-    sigma: float
-    noise: str
-    std: Tensor | None = None
-
 
 FUSED_ON = {"cuda"}  # device types
 
@@ -45,10 +31,10 @@ TOGGLE, ADD, SUBTRACT = 0, 1, -1
 
 def _mover(draws: "list[Draw]") -> "Callable[[int], None]":
     """A function that moves all weights in place, one of the three ways; by the kernels what they take."""
-    kernels = _kernels() if any(draw.rows.device.type in FUSED_ON for draw in draws) else None
+    kernels = _kernels() if any(draw.weight.device.type in FUSED_ON for draw in draws) else None
     fused, others = [], []
     for draw in draws:
-        (fused if kernels and draw.rows.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
+        (fused if kernels and draw.weight.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
     move_fused = kernels.fuse(fused) if fused else None

@@ -52,7 +52,7 @@ def fill_std(draws: list) -> None:
     noise, sigma = draws[0].noise, draws[0].sigma
     if noise == "element":
         return  # the standard deviation is sigma |w|, element by element
-    sums = [row_square_sums(d.rows, d.target.delta(), d.target.square_sums) for d in draws]
+    sums = [row_square_sums(d.rows, d.target.delta(), d.square_sums) for d in draws]
     sums = [total.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for total in sums]  # a row with inf or NaN gets no noise
     if noise == "filter":
         for draw, total in zip(draws, sums):

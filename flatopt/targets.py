@@ -1,6 +1,5 @@
 """Which frozen weights are perturbed."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor, nn
 from . import peft_layers
 from .delta import Delta, custom_delta, no_delta, registered
 from .reversible import GRID_BITS
-from .scale import weight_square_sums
-from .sharding import is_sharded, local, local_delta, splits_rows_only
+from .sharding import local, local_delta, splits_rows_only
 
 OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0, 1)}  # layout of a weight -> its dimensions of outputs
 
@@ -26,13 +24,9 @@ class Target:
         self.layer, self._delta_of, self._layout = layer, delta_of, layout
         self.version_moves = hasattr(layer, "parameter_name")  # PEFT's ParamWrapper: parametrize calls set_ in each forward
         self.remade = False  # a new parameter after each forward: only a copy can restore it
-        self._square_sums = self._known_delta = (None, None)
 
     def __repr__(self) -> str:
         return f"Target({self.path})"
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_square_sums": (None, None), "_known_delta": (None, None)}
 
     @property
     def parameter(self) -> Tensor:
@@ -63,20 +57,6 @@ class Target:
 
     def delta(self) -> Delta:
         """What the low-rank module adds to the weight."""
-        # a plain LoRA layer's factors are its parameters: while the layer has the same, so is their Delta, and PEFT's
-        # look-ups, which cost more than all else on the way to a step, can be left out
-        state = peft_layers.plain_lora(self.layer) if self._delta_of is peft_layers.peft_delta else None
-        known, delta = self._known_delta
-        if state is None or known is None or len(state) != len(known) or not all(map(operator.is_, state, known)):
-            delta = self._find_delta()
-            ids = set(map(id, state or ()))
-            whole = all(id(B) in ids and id(A) in ids for B, A, _ in delta.factors)
-            derived = delta.dense is not None or delta.row_norm is not None or delta.alpha is not None
-            keep = whole and not derived and not is_sharded(self.parameter)
-            self._known_delta = (state, delta) if keep else (None, None)
-        return delta
-
-    def _find_delta(self) -> Delta:
         with torch.no_grad():
             whole = self.parameter.detach()
             weight = local(whole)
@@ -95,20 +75,11 @@ class Target:
                 delta = delta._replace(factors=factors)
             return delta
 
-    def square_sums(self, rows: Tensor) -> Tensor:
-        """Row sums of squares of W alone, kept as long as nobody but flatopt changes W."""
-        weight = local(self.parameter)
-        key = (weight.data_ptr(), weight._version)
-        if self._square_sums[0] != key:
-            self._square_sums = (key, weight_square_sums(rows))
-        return self._square_sums[1]
-
-    def came_back(self) -> None:
-        """W has its old bits again: what is cached still holds, under the new version."""
-        weight = local(self.parameter)
-        key, sums = self._square_sums
-        if sums is not None and key[0] == weight.data_ptr():
-            self._square_sums = ((key[0], weight._version), sums)
+    def delta_state(self) -> "tuple | None":
+        """All that :meth:`delta` follows from, to be compared with ``==``; None where that cannot be told."""
+        if self._delta_of is no_delta:
+            return ()
+        return peft_layers.plain_lora(self.layer) if self._delta_of is peft_layers.peft_delta else None
 
     def check(self) -> None:
         """Raise unless this weight can be perturbed now."""

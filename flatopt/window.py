@@ -3,15 +3,16 @@
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from .noise import step_key, sub_key
-from .restore import RESTORES, Draw
-from .sharding import fsdp_modules, local, shard_index
+from .draw import Draw
+from .noise import step_key
+from .restore import RESTORES
+from .sharding import fsdp_modules, local
 
 _open = weakref.WeakSet()  # windows whose weights are perturbed now
 
@@ -49,12 +50,11 @@ class Window:
         self.is_open = False
         self.held = False  # inside ``with perturbed()``: forwards do not toggle
         self.one_scale = False  # inside ``step(closure)``: the adapter moves between evaluations, the noise must not
-        self._std = {}  # key of a draw -> its std when it was last made
         self.suspended_by: nn.Module | None = None
         self.running = weakref.WeakSet()  # modules whose forward is under way
         self.was_suspended = weakref.WeakSet()  # modules that ran without gradients in this window
-        self._plans = []  # (name of the restore mode, draws)
-        self._seen = []  # (target, its parameter, the perturbed storage, its version)
+        self._draws = {}  # target -> its draw
+        self._plans = []  # (name of the restore mode, draws) of what is perturbed now
         self._undo = []
 
     @_writing()
@@ -65,40 +65,36 @@ class Window:
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self._roots):
             self._fsdp = fsdp_modules(self._roots)  # sharded since the optimizer was made
         self._reshard()
-        key, index, tied, plans = step_key(seed, step, rank), 0, set(), []
-        for group, sigma in groups:
-            draws = []
-            for target in group["targets"]:
-                index += 1
-                target.check()
-                weight = target.weight
-                if sigma > 0 and weight.data_ptr() not in tied:
-                    tied.add(weight.data_ptr())
-                    part = shard_index(target.parameter)
-                    own = sub_key(sub_key(key, index), part) if part else sub_key(key, index)
-                    draw = Draw(target, target.rows_of(weight), own, sigma, group["noise"])
-                    draw.std = self._std.get(draw.key) if self.one_scale else None
-                    draws.append(draw)
-            remade = [draw for draw in draws if draw.target.remade]
-            kept = [draw for draw in draws if not draw.target.remade]
-            plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
-        others = set().union(*(window.modules() for window in _open))
-        for _, draws in plans:
-            for draw in draws:
+        key, tied = step_key(seed, step, rank), set()
+        try:
+            for group, sigma in groups:
+                kept, remade = [], []
+                for target in group["targets"]:
+                    draw = self._draws.get(target)
+                    if draw is None:
+                        draw = self._draws[target] = Draw(target, len(self._draws) + 1)
+                    draw.look()
+                    if sigma > 0 and draw.weight.data_ptr() not in tied:
+                        tied.add(draw.weight.data_ptr())
+                        if draw.step_key != key:
+                            draw.std = None
+                        draw.step_key, draw.sigma, draw.noise = key, sigma, group["noise"]
+                        (remade if target.remade else kept).append(draw)
+                self._plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
+            others = set().union(*(window.modules() for window in _open))
+            for draw in self._drawn() if others else ():
                 if draw.target.module in others:
                     raise RuntimeError(
                         f"{draw.target.path} is already perturbed by another FlatPerturbOptimizer; one weight can have "
                         "one. Delete the other optimizer, or give the two different modules"
                     )
-        self._plans = plans
-        try:
-            for name, draws in plans:
+            for name, draws in self._plans:
                 self._undo.append(RESTORES[name](draws))
+            self._wrote()
         except BaseException:
             self._run_undo()
+            self._let_go()
             raise
-        self._mark()
-        self._std = {draw.key: draw.std for _, draws in plans for draw in draws}
         self.was_suspended.clear()
         self.is_open = True
         _open.add(self)
@@ -112,22 +108,24 @@ class Window:
         _open.discard(self)
         self._reshard()
         try:
-            for target, parameter, weight, version in self._seen:
-                written = weight._version != version and not target.version_moves
-                if not target.remade and (target.parameter is not parameter or written):
+            for draw in self._drawn():
+                target, written = draw.target, draw.weight._version != draw.version
+                if not target.remade and (target.parameter is not draw.parameter or (written and not target.version_moves)):
                     raise RuntimeError(
                         f"{target.path} was written to or replaced while it was perturbed, so its clean value is lost. "
                         "Reload the base weights; before changing them, call optimizer.restore()"
                     )
             if self.suspended_by is None:
                 self._run_undo()
-            for target, _, weight, _ in self._seen:
+            for draw in self._drawn():
                 # after model.to(...): what it should have moved
-                if local(target.parameter).data_ptr() != weight.data_ptr():
-                    target.weight.copy_(weight)
+                if local(draw.target.parameter).data_ptr() != draw.weight.data_ptr():
+                    draw.target.weight.copy_(draw.weight)
         finally:
-            self._plans, self._seen, self._undo, self.suspended_by = [], [], [], None
+            self._undo, self.suspended_by = [], None
+            self._let_go()
 
+    @_writing()
     def suspend(self, module: nn.Module) -> None:
         """Clean W for a no-grad forward of ``module`` amid a step; :meth:`resume` puts the same perturbed bits back.
 
@@ -138,9 +136,9 @@ class Window:
         self.suspended_by = module
         self.was_suspended.add(module)
         exact = not any(name == "subtract" for name, _ in self._plans)
-        self._versions = [torch.autograd._unsafe_preserve_version_counter(p) for _, p, _, _ in self._seen if exact]
+        drawn = self._drawn() if exact else ()
+        self._versions = [torch.autograd._unsafe_preserve_version_counter(draw.parameter) for draw in drawn]
         self._run_undo()
-        self._mark()
 
     @_writing()
     def resume(self) -> None:
@@ -149,27 +147,33 @@ class Window:
         self._undo = [RESTORES[name](draws) for name, draws in self._plans]
         for version in self._versions:
             version.__exit__()
-        self._mark()
+        self._wrote()
 
     def _reshard(self) -> None:
         for module in self._fsdp:
             module.reshard()
 
-    def modules(self) -> "set[nn.Module]":
-        return {target.module for target, _, _, _ in self._seen}
+    def _drawn(self) -> "Iterator[Draw]":
+        return (draw for _, draws in self._plans for draw in draws)
 
-    @_writing()
+    def modules(self) -> "set[nn.Module]":
+        return {draw.target.module for draw in self._drawn()}
+
     def _run_undo(self) -> None:
         while self._undo:
             self._undo.pop()()
-        for _, draws in self._plans:
-            for draw in draws:
-                draw.target.came_back()
+        self._wrote()
 
-    def _mark(self) -> None:
-        targets = [draw.target for _, draws in self._plans for draw in draws]
-        weights = [target.weight for target in targets]
-        self._seen = [(t, t.parameter, weight, weight._version) for t, weight in zip(targets, weights)]
+    def _wrote(self) -> None:
+        for draw in self._drawn():
+            draw.wrote()
+
+    def _let_go(self) -> None:
+        self._plans = []
+        for draw in self._draws.values():
+            draw.let_go()
+            if not self.one_scale:
+                draw.std = None
 
 
 def close_around(module: nn.Module) -> None:
@@ -231,7 +235,7 @@ class Ear:
 
     def __deepcopy__(self, memo: dict) -> "Ear":
         if self.window is not None and self.window.is_open:
-            parameters = [parameter for _, parameter, _, _ in self.window._seen]
+            parameters = [draw.parameter for draw in self.window._drawn()]
             self.window.close()
             with torch.no_grad():
                 for parameter in parameters:  # the copier may have passed W before it came here

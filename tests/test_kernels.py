@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import bits
+from conftest import bits, lora_mlp
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer, noise, restore
@@ -108,7 +108,7 @@ def optimizer_for(*modules, **options):
 
 
 @torch.no_grad()
-def reference(index, target, clean):
+def reference(index, target, clean, part=0):
     """What the torch path makes of the weight, on the CPU, its std and the update."""
     module = target.module
     update = (SCALING * module.B.double() @ module.A.flatten(1).double()).cpu()
@@ -117,6 +117,7 @@ def reference(index, target, clean):
     update = torch.empty_like(weight, dtype=torch.float64).copy_(update.view(weight.shape))  # strides and all
     std = standard_deviation(flat, target.rows_of(update), SIGMA)
     key = noise.sub_key(noise.step_key(SEED, 0, 0), index + 1)
+    key = noise.sub_key(key, part) if part else key
     toggle_(flat, grid(std.float(), SIGMA, weight.dtype), key)
     return flat, std, target.rows_of(update)
 
@@ -239,6 +240,91 @@ def test_noise_does_not_depend_on_the_launch(kernels, monkeypatch):
     assert all(torch.equal(other, seen[0]) for other in seen[1:])
     # another order of summation may change the last bit of a row's std, and so where a rare element is rounded to
     assert (bits(strided.weight) == seen[0]).double().mean() > 0.995
+
+
+@runs
+def test_parts_of_a_sharded_weight_get_their_own_noise(kernels, monkeypatch):
+    monkeypatch.setattr("flatopt.draw.shard_index", lambda weight: 3)
+    module = LowRank(gaussian(24, 128, dtype=torch.float32), 4)
+    clean = module.weight.detach().clone()
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    expected, std, _ = reference(0, kernels.fused[0].target, clean, part=3)
+    off = (module.weight.detach().cpu() - expected).abs() > 0.01 * std
+    assert off.double().mean() < 0.02
+
+
+def written(layer):
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+
+
+def moved(layer):
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def replaced(layer):
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.detach() * 3)
+
+
+CHANGES = {
+    "nothing": lambda layer: None,
+    "an optimizer's step": lambda layer: layer.lora_B["default"].weight.data.mul_(2),
+    "scaling": lambda layer: layer.set_scale("default", 3.0),
+    "another adapter": lambda layer: layer.set_adapter("other"),
+    "two adapters": lambda layer: layer.set_adapter(["default", "other"]),
+    "no adapter": lambda layer: layer.enable_adapters(False),
+    "W written": written,
+    "other memory": moved,
+    "A replaced": replaced,
+    "another dtype": lambda layer: layer.to(torch.bfloat16),
+}
+
+
+@runs
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(kernels, change):
+    model = lora_mlp()
+    model.add_adapter("other", model.peft_config["default"])
+    model.to(DEVICE)
+    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    optimizer = optimizer_for(model)
+    for _ in range(2):
+        optimizer.perturb()
+        optimizer.step()
+    first = kernels.fused[0]
+    kept = first.launches
+    kernels.fused.clear()
+    CHANGES[change](layers[0])
+    clean = [layer.base_layer.weight.detach().clone() for layer in layers]
+    optimizer.perturb()
+    assert first is kernels.fused[0]
+    assert (first.launches is kept) == (change in ("nothing", "an optimizer's step"))
+    for layer, draw, before in zip(layers, kernels.fused, clean, strict=True):
+        adapters = [] if layer.disable_adapters else layer.active_adapters
+        merged = before.double() + sum(layer.get_delta_weight(name).double() for name in adapters)
+        expected = SIGMA * merged.square().mean(1, keepdim=True).sqrt()
+        torch.testing.assert_close(draw.std.double(), expected, rtol=2e-3 if before.dtype == torch.float32 else 2e-2, atol=0)
+        assert not torch.equal(bits(layer.base_layer.weight), bits(before))
+    optimizer.restore()
+    for layer, before in zip(layers, clean):
+        assert torch.equal(bits(layer.base_layer.weight), bits(before))
+
+
+@runs
+@pytest.mark.parametrize("change", ["merged", "trainable"])
+def test_a_weight_that_may_no_longer_be_perturbed_is_refused(kernels, change):
+    model = lora_mlp().to(DEVICE)
+    optimizer = optimizer_for(model)
+    optimizer.perturb()
+    optimizer.step()
+    layer = next(module for module in model.modules() if hasattr(module, "base_layer"))
+    layer.merge() if change == "merged" else layer.base_layer.weight.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=change):
+        optimizer.perturb()
+    assert all(torch.equal(bits(p), bits(before[name])) for name, p in model.named_parameters())
 
 
 @runs

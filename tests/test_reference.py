@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer, noise, reference, reversible
-from flatopt.restore import Draw
+from flatopt.draw import Draw
 from flatopt.scale import fill_std
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,8 @@ def test_training_run_side_by_side(dtype):
                 expected.append(weight)  # the cosine schedule starts at 0
                 continue
             key = noise.sub_key(noise.step_key(SEED, step, 0), index + 1)
-            draw = Draw(group["targets"][index], weight, key, sigma, "filter")
+            draw = Draw(group["targets"][index], index + 1)
+            draw.weight, draw.sigma = weight, sigma
             fill_std([draw])
             std = reference.standard_deviation(weight, layer.get_delta_weight("default"), sigma)
             torch.testing.assert_close(draw.std.double(), std, rtol=2e-5, atol=0)

@@ -97,23 +97,26 @@ def pristine_table(rows) -> str:
 
 
 def cost_table(results: dict) -> str:
-    """What a step costs, from the results of ``cost.py``: the runs here share their machine and are too small to tell."""
-    lines = ["| | " + " | ".join(f"{name}: step | GB" for name in results["models"]) + " |"]
+    """What a step costs, from the results of ``cost.py``: the runs here share their machine and are too small to tell.
+
+    The device's time is that of ``cost_parts.py``; whole steps wait for the host there.
+    """
+    lines = ["| | " + " | ".join(f"{name}: GPU time of a step | GB" for name in results["models"]) + " |"]
     lines.append("|---" * (1 + 2 * len(results["models"])) + "|")
     for method in ("plain LoRA", "ours, reversible", "SAM on the adapter", "SAM on W"):
         cells = []
         for model in results["models"].values():
-            row = next((r for r in model["rows"] if r["method"] == method and r["accumulation"] == 1), None)
-            if row is None:
-                cells += ["", ""]
-            elif row["ratio"] is None:
-                cells += [f"{row['step_ms']['median']:.0f} ms", f"{row['peak_gb']:.2f}"]
+            rows = {row["method"]: row for row in model["rows"] if row["accumulation"] == 1}
+            if method == "plain LoRA":
+                milliseconds = rows["ours, reversible"]["parts"]["device_plain_ms"]["median"]
+                cells += [f"{milliseconds:.1f} ms", f"{rows[method]['peak_gb']:.2f}"]
             else:
-                ratio = row["ratio"]
-                cells += [f"{ratio['median']:.2f} ± {ratio['spread']:.2f} ×", f"{row['peak_gb_over_plain']:+.2f}"]
+                ratio, over = rows[method]["parts"]["device_ratio"], rows[method]["peak_gb_over_plain"]
+                cells += [f"{ratio['median']:.3f} ± {ratio['spread']:.3f} ×", f"{over:+.2f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    spread = "step over plain, median ± half the range between the quartiles; peak memory, over plain"
-    return f"Time and memory on one {results['device']} (`python benchmarks/cost.py`; {spread}):\n\n" + "\n".join(lines)
+    commands = f"Time and memory on one {results['device']} (`python benchmarks/cost.py`, then `benchmarks/cost_parts.py`; "
+    spread = "GPU time over plain, median ± half the range between the quartiles; peak memory, over plain"
+    return f"{commands}{spread}):\n\n" + "\n".join(lines)
 
 
 def severity_table(rows) -> str:

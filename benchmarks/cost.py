@@ -408,7 +408,9 @@ def picture(results: dict, path: Path) -> None:
             bars = axis.barh(
                 at, over, height, xerr=spread, error_kw={"linewidth": 0.8}, label=f"accumulation {accumulation}"
             )
-            axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=2)
+            axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=6)
+            device = [(rows[m]["parts"]["device_ratio"]["median"], y) for m, y in zip(methods, at) if "parts" in rows[m]]
+            axis.plot([100 * (ratio - 1) for ratio, _ in device], [y for _, y in device], "kD", markersize=3)
         axis.set_yticks(range(len(methods)), methods)
         axis.set_xscale("symlog", linthresh=10)
         axis.margins(x=0.2)
@@ -418,7 +420,10 @@ def picture(results: dict, path: Path) -> None:
     axes[0, 0].invert_yaxis()  # shared
     most = max(axes[0], key=lambda axis: len(axis.containers))
     figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(results["device"], fontsize=9)
+    if any("parts" in row for result in models.values() for row in result["rows"]):
+        figure.suptitle(f"{results['device']}: whole steps (bars), the device's part of them (diamonds)", fontsize=9)
+    else:
+        figure.suptitle(results["device"], fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -7,7 +7,7 @@ Where the host is the slower of the two and its speed wanders, ratios of whole s
 device's: how long it works on a step, the sum over the kernels and copies that torch.profiler saw, as a ratio to the plain
 steps before and after. The host's: how long it takes to queue perturb and restore, as a share of the rest of the very same
 step. A whole step costs what the slower part costs. Cells are medians over turns, their spread half the range between the
-quartiles. They go into the rows that ``cost.py`` left in ``cost_<device>.json``.
+quartiles. They go into the rows that ``cost.py`` left in ``cost_<device>.json``, and into its picture.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from cost import METHODS, MODELS, Case, made, summary
+from cost import METHODS, MODELS, Case, made, picture, summary
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -126,7 +126,8 @@ def main() -> None:
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         del case
     Console(width=150).print(table(results["models"]))
-    print(f"written: {file}")
+    picture(results, file.with_suffix(".png"))
+    print(f"written: {file}, {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

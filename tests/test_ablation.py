@@ -159,7 +159,7 @@ def test_costs_are_those_of_the_cost_benchmark():
     assert set(rows) >= {"plain LoRA", "ours, reversible", "SAM on the adapter", "SAM on W"}
     assert len(set(rows.values())) == 1  # as many cells in each
     row = next(r for r in results["models"]["llama-7b"]["rows"] if (r["method"], r["accumulation"]) == ("SAM on W", 1))
-    assert f"| SAM on W | {row['ratio']['median']:.2f} ± " in report.cost_table(results)
+    assert f"| SAM on W | {row['parts']['device_ratio']['median']:.3f} ± " in report.cost_table(results)
 
 
 def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):

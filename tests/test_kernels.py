@@ -243,6 +243,23 @@ def test_noise_does_not_depend_on_the_launch(kernels, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("columns", [1 << 17 if DEVICE == "cuda" else 3 << 14, 40_001])
+def test_rows_that_several_programs_share(kernels, columns):
+    module = LowRank(gaussian(2, columns, dtype=torch.bfloat16), 2)
+    clean = module.weight.detach().clone()
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    expected, std, _ = reference(0, kernels.fused[0].target, clean)
+    torch.testing.assert_close(kernels.fused[0].std.cpu().double(), std, rtol=4e-3, atol=0)
+    moved, should = ((w.detach().cpu() - clean.cpu()).double() for w in (module.weight, expected))
+    assert (moved.abs() - should.abs()).abs().gt(0.01 * std).double().mean() < 0.02
+    for part in moved.split(1 << 14, dim=1):  # SPAN pairs of columns: none left out, none moved twice
+        assert (part != 0).double().mean() > 0.8
+    optimizer.restore()
+    assert torch.equal(bits(module.weight), bits(clean))
+
+
+@runs
 def test_parts_of_a_sharded_weight_get_their_own_noise(kernels, monkeypatch):
     monkeypatch.setattr("flatopt.draw.shard_index", lambda weight: 3)
     module = LowRank(gaussian(24, 128, dtype=torch.float32), 4)

@@ -23,6 +23,7 @@ import math
 import os
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,9 +51,9 @@ MAX_RANK = 64  # beyond it the small matrices of _norms no longer fit shared mem
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 # The table of layers: one int64 row each, of these fields.
-FIELDS = tl.constexpr(18)
+FIELDS = tl.constexpr(19)
 WEIGHT, SHAPE, STRIDE, STDS, SUMS = (tl.constexpr(i) for i in (0, 1, 3, 5, 6))
-RANK_OF, A_AT, B_AT, SCRATCH, SCALING, INDEX = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16))
+RANK_OF, A_AT, B_AT, SCRATCH, SCALING, INDEX, NORMS = (tl.constexpr(i) for i in (7, 8, 11, 14, 15, 16, 18))
 
 
 # --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
@@ -265,16 +266,16 @@ def _norms(
     PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """Of every row the std: sigma ||w + sBA|| / sqrt(n)."""
+    """Of every row the std: sigma ||w + sBA|| / sqrt(n), or with the norm that DoRA fixes."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     number = tl.load(tile)
     layer = layers + number * FIELDS
-    sums = tl.load(layer + SUMS)
-    if sums == 0:  # was given
+    sums, norms = tl.load(layer + SUMS), tl.load(layer + NORMS)
+    if (sums | norms) == 0:  # the std was given
         return
     row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < tl.load(layer + SHAPE)
-    n, r = tl.load(layer + SHAPE + 1), tl.load(layer + RANK_OF)
+    m, n, r = tl.load(layer + SHAPE), tl.load(layer + SHAPE + 1), tl.load(layer + RANK_OF)
+    inside = row < m
     row_stride, column_stride = tl.load(layer + STRIDE), tl.load(layer + STRIDE + 1)
     W = tl.load(layer + WEIGHT).to(tl.pointer_type(DTYPE))
     A = scratch + tl.multiple_of(tl.load(layer + SCRATCH), 8)
@@ -296,8 +297,9 @@ def _norms(
     b = tl.load(b_at, mask=inside[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
     b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
     gram = tl.load(grams + number * RANK * RANK + k[:, None] * RANK + k[None, :])
-    own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=inside, other=0.0)
-    total = own + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1)
+    own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=row < tl.where(sums == 0, 0, m), other=0.0)
+    norm = tl.load(norms.to(tl.pointer_type(B_DTYPE)) + row, mask=row < tl.where(norms == 0, 0, m), other=0.0).to(tl.float32)
+    total = own + norm * norm + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1)
     std = tl.sqrt_rn(tl.maximum(total, 0.0) / n.to(tl.float32)) * sigma
     std = tl.where(std < float("inf"), std, 0.0)  # a row with inf or NaN gets no noise
     tl.store(stds + tl.load(layer + STDS) + row, std, mask=inside)
@@ -395,7 +397,7 @@ def fuse(draws: "list[Draw]") -> Callable[[int], None]:
     """What moves the weights of ``draws``, all :func:`taken <takes>`, given 0: the reversible map, or 1, -1: +- the noise.
 
     Sets ``draw.std`` where it is not set. One launch (and at first two small ones, for the stds) for all layers alike in
-    device, dtypes and alignment; nothing waits for the GPU.
+    device, dtypes and alignment; their table goes to the GPU when something in it changes, and nothing waits for the GPU.
     """
     layers = [_layer(draw) for draw in draws]
     known, launches = draws[0].launches or (None, None)
@@ -419,49 +421,63 @@ def fuse(draws: "list[Draw]") -> Callable[[int], None]:
 
 
 def _layer(draw: Draw) -> "Layer":
-    if draw.std is None:
+    known = draw.layer
+    if draw.std is not None:
+        layer = known or Layer(draw, None, None)
+    else:
         state = draw.target.delta_state()
-        if draw.layer is None or state is None or draw.layer.state != state:
-            draw.layer = Layer(draw, state, _factors(draw))
-    elif draw.layer is None:
-        draw.layer = Layer(draw, None, None)
+        layer = known if known and state is not None and known.state == state else Layer(draw, state, _factors(draw))
+    if not known or (layer.kind, layer.fields, layer.state) != (known.kind, known.fields, known.state):
+        draw.layer = layer
     return draw.layer
 
 
-def _factors(draw: Draw) -> "tuple | None":
-    """(B, A, scaling, square sums of W), or None if the std does not follow from one pair of factors."""
-    delta = draw.target.delta()
-    if delta.dense is not None or delta.row_norm is not None or delta.alpha is not None or len(delta.factors) > 1:
+class Factors(NamedTuple):
+    """What the row norms of W' follow from: W's square sums and at most one pair of factors, or the norms themselves."""
+
+    sums: Tensor | None = None
+    B: Tensor | None = None
+    A: Tensor | None = None
+    scaling: float = 0.0
+    norms: Tensor | None = None
+
+
+def _factors(draw: Draw) -> "Factors | None":
+    """None if it takes more than the kernels know."""
+    delta, device = draw.target.delta(), draw.weight.device
+    if delta.row_norm is not None:
+        norms = delta.row_norm.detach()
+        return Factors(norms=norms.contiguous()) if norms.dtype in DTYPES and norms.device == device else None
+    if delta.dense is not None or delta.alpha is not None or len(delta.factors) > 1:
         return None
     if not delta.factors:
-        return None, None, 0.0, draw.square_sums(draw.rows)
+        return Factors(draw.square_sums(draw.rows))
     B, A, scaling = delta.factors[0]
     if isinstance(scaling, Tensor) or A.shape[0] > MAX_RANK or A.dtype not in DTYPES or B.dtype not in DTYPES:
         return None
-    if not A.device == B.device == draw.weight.device:
-        return None
-    return B, A, scaling, draw.square_sums(draw.rows)
+    return Factors(draw.square_sums(draw.rows), B, A, scaling) if A.device == B.device == device else None
 
 
 class Layer:
     """A weight and its factors, as the table has them, while both stay where they are.
 
-    ``state``: all that the factors follow from, as :meth:`Target.delta_state` tells it; None: good for this step only.
+    ``state``: all that the factors follow from, as :meth:`Target.delta_state` tells it; None: they must be asked for again.
     """
 
-    def __init__(self, draw: Draw, state: "tuple | None", factors: "tuple | None"):
+    def __init__(self, draw: Draw, state: "tuple | None", factors: "Factors | None"):
         rows, self.factors = draw.rows, factors  # the latter kept, so that nothing else takes their memory
-        B, A, scaling, sums = factors or (None, None, 0.0, None)
+        sums, B, A, scaling, norms = factors or Factors()
         (m, n), (down, right), r = rows.shape, rows.stride(), 0 if A is None else A.shape[0]
-        pointers = (A.data_ptr(), B.data_ptr()) if r else ()
+        pointers = [tensor.data_ptr() for tensor in (A, B, norms) if tensor is not None]
         self.state = state if factors and state is not None and all(p in state for p in pointers) else None
         packed = right == 1 and (n | down) % 8 == 0 and rows.data_ptr() % 16 == 0
-        dtypes = (A.dtype, B.dtype) if r else (torch.float32, torch.float32)
-        self.kind = rows.device, rows.dtype, packed, *dtypes, max(16, 1 << (r - 1).bit_length() if r else 0)
+        a_dtype, b_dtype = (torch.float32 if tensor is None else tensor.dtype for tensor in (A, norms if B is None else B))
+        self.kind = rows.device, rows.dtype, packed, a_dtype, b_dtype, max(16, 1 << (r - 1).bit_length() if r else 0)
         self.shape, self.scratch = (m, n), (r * n + 7) // 8 * 8
         self.fields = [rows.data_ptr(), m, n, down, right, 0, 0 if sums is None else sums.data_ptr(), r]
         self.fields += (A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0)
         self.fields += (0, *struct.unpack("i", struct.pack("f", scaling)), draw.index, draw.part)
+        self.fields.append(0 if norms is None else norms.data_ptr())
 
 
 class Launch:

@@ -98,22 +98,27 @@ def peft_delta(layer: nn.Module, weight: Tensor) -> Delta:
     return Delta(dense=total.flatten(1))
 
 
-def plain_lora(layer: nn.Module) -> "tuple | None":
-    """All that a LoRA layer's delta follows from, if that is but its A and B, to be compared with ``==``; else None.
+def lora_state(layer: nn.Module) -> "tuple | None":
+    """All that a LoRA or DoRA layer's delta follows from, if that is but parameters, to be compared with ``==``; else None.
 
-    A and B by identity and memory: who compares must keep them alive, so that no other tensor takes their place.
+    Parameters by identity and memory: who compares must keep them alive, so that no others take their place.
     """
     if family(layer) != "lora" or "parameter_name" in layer.__dict__:
         return None
     state = [layer.disable_adapters]
-    A_of, B_of = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    holders = [
+        layer._modules[name]._modules for name in ("lora_A", "lora_B", "lora_magnitude_vector") if name in layer._modules
+    ]
     for name in layer.active_adapters:
         state.append(name)
-        if name in A_of:
-            A, B, scaling = A_of[name]._parameters.get("weight"), B_of[name]._parameters.get("weight"), layer.scaling[name]
-            if type(A) is not nn.Parameter or type(B) is not nn.Parameter or isinstance(scaling, Tensor):
-                return None
-            state += (id(A), A.data_ptr(), A.dtype, id(B), B.data_ptr(), B.dtype, scaling)
+        if name in holders[0]:
+            state.append(layer.scaling[name])
+            for holder in holders:
+                if name in holder:
+                    parameter = holder[name]._parameters.get("weight")
+                    if type(parameter) is not nn.Parameter:
+                        return None
+                    state += (id(parameter), parameter.data_ptr(), parameter.dtype)
         elif _has(layer, name):
             return None
     return tuple(state)

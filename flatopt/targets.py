@@ -79,7 +79,7 @@ class Target:
         """All that :meth:`delta` follows from, to be compared with ``==``; None where that cannot be told."""
         if self._delta_of is no_delta:
             return ()
-        return peft_layers.plain_lora(self.layer) if self._delta_of is peft_layers.peft_delta else None
+        return peft_layers.lora_state(self.layer) if self._delta_of is peft_layers.peft_delta else None
 
     def check(self) -> None:
         """Raise unless this weight can be perturbed now."""

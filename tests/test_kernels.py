@@ -10,8 +10,10 @@ from conftest import bits, lora_mlp
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer, noise, restore
+from flatopt.draw import Draw
 from flatopt.reference import standard_deviation
 from flatopt.reversible import grid, toggle_
+from flatopt.scale import fill_std
 
 pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")
 
@@ -285,9 +287,16 @@ def replaced(layer):
     layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.detach() * 3)
 
 
+def stepped(layer):
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(2)
+        for magnitude in layer.lora_magnitude_vector.values():
+            magnitude.weight.mul_(1.5)
+
+
 CHANGES = {
     "nothing": lambda layer: None,
-    "an optimizer's step": lambda layer: layer.lora_B["default"].weight.data.mul_(2),
+    "an optimizer's step": stepped,
     "scaling": lambda layer: layer.set_scale("default", 3.0),
     "another adapter": lambda layer: layer.set_adapter("other"),
     "two adapters": lambda layer: layer.set_adapter(["default", "other"]),
@@ -300,9 +309,10 @@ CHANGES = {
 
 
 @runs
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(kernels, change):
-    model = lora_mlp()
+def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(kernels, change, dora):
+    model = lora_mlp(use_dora=dora)
     model.add_adapter("other", model.peft_config["default"])
     model.to(DEVICE)
     layers = [module for module in model.modules() if hasattr(module, "base_layer")]
@@ -314,19 +324,38 @@ def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(
     kept = first.launches
     kernels.fused.clear()
     CHANGES[change](layers[0])
+    by_torch = [Draw(target, 1) for target in optimizer.perturb_groups[0]["targets"]]
+    for draw in by_torch:
+        draw.look()
+        draw.sigma = SIGMA
+    fill_std(by_torch)
     clean = [layer.base_layer.weight.detach().clone() for layer in layers]
     optimizer.perturb()
     assert first is kernels.fused[0]
     assert (first.launches is kept) == (change in ("nothing", "an optimizer's step"))
-    for layer, draw, before in zip(layers, kernels.fused, clean, strict=True):
-        adapters = [] if layer.disable_adapters else layer.active_adapters
-        merged = before.double() + sum(layer.get_delta_weight(name).double() for name in adapters)
-        expected = SIGMA * merged.square().mean(1, keepdim=True).sqrt()
-        torch.testing.assert_close(draw.std.double(), expected, rtol=2e-3 if before.dtype == torch.float32 else 2e-2, atol=0)
+    for layer, draw, expected, before in zip(layers, kernels.fused, by_torch, clean, strict=True):
+        rtol = 2e-3 if before.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(draw.std, expected.std, rtol=rtol, atol=0)
         assert not torch.equal(bits(layer.base_layer.weight), bits(before))
     optimizer.restore()
     for layer, before in zip(layers, clean):
         assert torch.equal(bits(layer.base_layer.weight), bits(before))
+
+
+@runs
+def test_the_table_is_kept_for_a_module_of_ones_own(kernels):
+    module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
+    optimizer = optimizer_for(module)
+    optimizer.perturb()
+    optimizer.step()
+    kept = kernels.fused[0].launches
+    with torch.no_grad():
+        module.B.mul_(2)
+    merged = module.weight + SCALING * module.B @ module.A
+    optimizer.perturb()
+    assert kernels.fused[0].launches is kept
+    expected = SIGMA * merged.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(kernels.fused[0].std, expected, rtol=2e-3, atol=0)
 
 
 @runs

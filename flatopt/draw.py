@@ -15,9 +15,9 @@ from .targets import Target
 class Draw:
     """The noise on ``target``, the ``index``-th of its optimizer.
 
-    From :meth:`look` to :meth:`let_go`, ``weight`` is the weight without autograd, but with its version counter: what a
-    graph saved is known to have changed. ``version``: its version when flatopt last wrote to it. ``std``: set by
-    :func:`flatopt.scale.fill_std` or by the kernels, which keep ``layer`` and ``launches`` here.
+    From :meth:`look` until the window lets go, ``weight`` is the weight without autograd, but with its version counter, so
+    that a graph that saved it notices. ``version``: its version when flatopt last wrote to it. ``std``: set by
+    :func:`flatopt.scale.fill_std` or :mod:`flatopt.fused`, which keeps ``layer`` and ``launches`` here.
     """
 
     def __init__(self, target: Target, index: int):
@@ -32,21 +32,13 @@ class Draw:
         if self._seen is None or self._seen[0] != id(parameter):
             self.target.check()  # before anything is asked of what may be no tensor, or a quantised one
         weight = local(parameter.detach())
-        memory = id(parameter), weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
-        seen = *memory, parameter.requires_grad, getattr(self.target.layer, "merged", False) is True
+        allowed = parameter.requires_grad, getattr(self.target.layer, "merged", False) is True
+        seen = id(parameter), weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), *allowed
         if seen != self._seen or weight._version != self.version:
             self._seen = self._square_sums = self.layer = None
             self.target.check()
             self._seen, self.part, self.version = seen, shard_index(parameter), weight._version
         self.parameter, self.weight = parameter, weight
-
-    def wrote(self) -> None:
-        """flatopt wrote to the weight; nobody else did."""
-        self.version = self.weight._version
-
-    def let_go(self) -> None:
-        # an alias would keep the memory of a model that is moved or deleted
-        self.parameter = self.weight = None
 
     @property
     def rows(self) -> Tensor:

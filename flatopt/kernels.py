@@ -1,14 +1,15 @@
-r"""The reversible map of :mod:`flatopt.reversible` on CUDA, all layers in three launches: factors, row norms, map and write.
+r"""Triton kernels that perturb all layers in three launches: factors, row norms, :mod:`flatopt.reversible`'s map and write.
 
 Bound by memory and, nearly as much, by instructions: at 4.3 TB/s an H200 has 35 issue slots for each bf16 weight that is
 read and written. So two columns share one thread, one hash and one Box-Muller, functions are the hardware's own
 approximations, and a floor is an addition that rounds down.
 
-``_prepare`` copies the A of every adapter for the tensor cores; ``_norms`` streams once over W for
+``prepare`` copies the A of every adapter for the tensor cores; ``norms`` streams once over W for
 :math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,B_i\cdot(WA^\top)_i + s^2 B_i(AA^\top)B_i^\top`, with
-:math:`\lVert w\rVert^2` cached, as W is frozen, and keeps the std, 4 bytes a row; ``_move`` draws, maps and writes, and
-does the same again to restore. For the other restore modes it plainly adds and subtracts the noise. Which program, thread or
-launch meets an element changes nothing: its noise follows from (step, target, row, column).
+:math:`\lVert w\rVert^2` cached, as W is frozen (or takes the norm that DoRA fixes), and keeps the std, 4 bytes a row;
+``move`` draws, maps and writes, and does the same again to restore. For the other restore modes it plainly adds and
+subtracts the noise. Which program, thread or launch meets an element changes nothing: its noise follows from (step, target,
+row, column).
 
 Same noise as the reference up to the last bits of the functions; where w/a is an integer but for rounding, the two may
 count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both
@@ -16,38 +17,22 @@ toggles do the same arithmetic: no contraction is left to the compiler.
 """
 
 # ruff: noqa: SIM300 (Triton's compile-time branches; DTYPE is no constant to ruff's taste)
-import array
-import contextlib
-import functools
 import math
 import os
-import struct
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import noise
-from .draw import Draw
-from .reversible import _delta_table, grid_bits
-from .scale import fill_std
 
-# older ones (torch < 2.6) run _norms wrongly in their interpreter, and were not tried on a GPU
+# older ones (torch < 2.6) run norms wrongly in their interpreter, and were not tried on a GPU
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
     raise ImportError(f"the kernels need Triton 3.2, there is {triton.__version__}")
 
 MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
 TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
-ROWS, PAIRS, WARPS = 16, 64, 4
 SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
-NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
-COUNTS_LISTS = torch.__version__ >= (2, 6)
-MAX_RANK = 64  # beyond it the small matrices of _norms no longer fit shared memory everywhere
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 # The table of layers: one int64 row each, of these fields.
@@ -239,7 +224,7 @@ def _map(word, radius, cosine, sine, rho, delta, step, DTYPE: tl.constexpr, APPR
 
 
 @triton.jit
-def _prepare(
+def prepare(
     layers, scratch, grams,
     DTYPE: tl.constexpr, A_DTYPE: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
     APPROX: tl.constexpr,
@@ -261,7 +246,7 @@ def _prepare(
 
 
 @triton.jit
-def _norms(
+def norms(
     layers, tiles, stds, scratch, grams, sigma,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
@@ -270,8 +255,8 @@ def _norms(
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     number = tl.load(tile)
     layer = layers + number * FIELDS
-    sums, norms = tl.load(layer + SUMS), tl.load(layer + NORMS)
-    if (sums | norms) == 0:  # the std was given
+    sums, fixed = tl.load(layer + SUMS), tl.load(layer + NORMS)
+    if (sums | fixed) == 0:  # the std was given
         return
     row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
     m, n, r = tl.load(layer + SHAPE), tl.load(layer + SHAPE + 1), tl.load(layer + RANK_OF)
@@ -298,7 +283,7 @@ def _norms(
     b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
     gram = tl.load(grams + number * RANK * RANK + k[:, None] * RANK + k[None, :])
     own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=row < tl.where(sums == 0, 0, m), other=0.0)
-    norm = tl.load(norms.to(tl.pointer_type(B_DTYPE)) + row, mask=row < tl.where(norms == 0, 0, m), other=0.0).to(tl.float32)
+    norm = tl.load(fixed.to(tl.pointer_type(B_DTYPE)) + row, mask=row < tl.where(fixed == 0, 0, m), other=0.0).to(tl.float32)
     total = own + norm * norm + tl.sum(b * (2.0 * cross + tl.dot(b, gram, input_precision="ieee")), 1)
     std = tl.sqrt_rn(tl.maximum(total, 0.0) / n.to(tl.float32)) * sigma
     std = tl.where(std < float("inf"), std, 0.0)  # a row with inf or NaN gets no noise
@@ -330,7 +315,7 @@ def _sub_key(first, second, index):
 
 
 @triton.jit(do_not_specialize=["below", "first", "second"])
-def _move(
+def move(
     layers, tiles, stds, table, below, first, second,
     HOW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, APPROX: tl.constexpr,
@@ -377,188 +362,3 @@ def _move(
             word = _moved(word, radius, cosine, sine, std[:, None], rho, delta, step, HOW, DTYPE, APPROX)
             tl.store(even, word.to(ELEMENT), mask=here)
             tl.store(odd, (word >> ELEMENT.primitive_bitwidth).to(ELEMENT), mask=both)
-
-
-# --- from Python ------------------------------------------------------------------------------------------------------
-
-
-def takes(draw: Draw) -> bool:
-    """Whether the kernel can move this weight; the rest goes the reference's way."""
-    dtype = draw.weight.dtype
-    return dtype in DTYPES and draw.noise != "element" and (dtype != torch.bfloat16 or _has_bf16(draw.weight.device))
-
-
-@functools.cache
-def _has_bf16(device: torch.device) -> bool:
-    return device.type != "cuda" or not APPROX or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def fuse(draws: "list[Draw]") -> Callable[[int], None]:
-    """What moves the weights of ``draws``, all :func:`taken <takes>`, given 0: the reversible map, or 1, -1: +- the noise.
-
-    Sets ``draw.std`` where it is not set. One launch (and at first two small ones, for the stds) for all layers alike in
-    device, dtypes and alignment; their table goes to the GPU when something in it changes, and nothing waits for the GPU.
-    """
-    layers = [_layer(draw) for draw in draws]
-    known, launches = draws[0].launches or (None, None)
-    if known != layers:
-        by_kind = {}
-        for draw, layer in zip(draws, layers):
-            by_kind.setdefault(layer.kind, []).append((draw, layer))
-        launches = [Launch(*kind, members) for kind, members in by_kind.items()]
-        draws[0].launches = layers, launches
-    unknown = [draw for draw in draws if draw.std is None and draw.layer.factors is None]
-    if unknown:
-        fill_std(unknown)
-    for launch in launches:
-        launch.fill()
-
-    def move(how: int) -> None:
-        for launch in launches:
-            launch.move(how)
-
-    return move
-
-
-def _layer(draw: Draw) -> "Layer":
-    known = draw.layer
-    if draw.std is not None:
-        layer = known or Layer(draw, None, None)
-    else:
-        state = draw.target.delta_state()
-        layer = known if known and state is not None and known.state == state else Layer(draw, state, _factors(draw))
-    if not known or (layer.kind, layer.fields, layer.state) != (known.kind, known.fields, known.state):
-        draw.layer = layer
-    return draw.layer
-
-
-class Factors(NamedTuple):
-    """What the row norms of W' follow from: W's square sums and at most one pair of factors, or the norms themselves."""
-
-    sums: Tensor | None = None
-    B: Tensor | None = None
-    A: Tensor | None = None
-    scaling: float = 0.0
-    norms: Tensor | None = None
-
-
-def _factors(draw: Draw) -> "Factors | None":
-    """None if it takes more than the kernels know."""
-    delta, device = draw.target.delta(), draw.weight.device
-    if delta.row_norm is not None:
-        norms = delta.row_norm.detach()
-        return Factors(norms=norms.contiguous()) if norms.dtype in DTYPES and norms.device == device else None
-    if delta.dense is not None or delta.alpha is not None or len(delta.factors) > 1:
-        return None
-    if not delta.factors:
-        return Factors(draw.square_sums(draw.rows))
-    B, A, scaling = delta.factors[0]
-    if isinstance(scaling, Tensor) or A.shape[0] > MAX_RANK or A.dtype not in DTYPES or B.dtype not in DTYPES:
-        return None
-    return Factors(draw.square_sums(draw.rows), B, A, scaling) if A.device == B.device == device else None
-
-
-class Layer:
-    """A weight and its factors, as the table has them, while both stay where they are.
-
-    ``state``: all that the factors follow from, as :meth:`Target.delta_state` tells it; None: they must be asked for again.
-    """
-
-    def __init__(self, draw: Draw, state: "tuple | None", factors: "Factors | None"):
-        rows, self.factors = draw.rows, factors  # the latter kept, so that nothing else takes their memory
-        sums, B, A, scaling, norms = factors or Factors()
-        (m, n), (down, right), r = rows.shape, rows.stride(), 0 if A is None else A.shape[0]
-        pointers = [tensor.data_ptr() for tensor in (A, B, norms) if tensor is not None]
-        self.state = state if factors and state is not None and all(p in state for p in pointers) else None
-        packed = right == 1 and (n | down) % 8 == 0 and rows.data_ptr() % 16 == 0
-        a_dtype, b_dtype = (torch.float32 if tensor is None else tensor.dtype for tensor in (A, norms if B is None else B))
-        self.kind = rows.device, rows.dtype, packed, a_dtype, b_dtype, max(16, 1 << (r - 1).bit_length() if r else 0)
-        self.shape, self.scratch = (m, n), (r * n + 7) // 8 * 8
-        self.fields = [rows.data_ptr(), m, n, down, right, 0, 0 if sums is None else sums.data_ptr(), r]
-        self.fields += (A.data_ptr(), *A.stride(), B.data_ptr(), *B.stride()) if r else (0, 0, 0, 0, 0, 0)
-        self.fields += (0, *struct.unpack("i", struct.pack("f", scaling)), draw.index, draw.part)
-        self.fields.append(0 if norms is None else norms.data_ptr())
-
-
-class Launch:
-    """Layers alike in device, dtypes and alignment, and their table on the device."""
-
-    def __init__(self, device, dtype, packed: bool, a_dtype, b_dtype, rank: int, members: "list[tuple[Draw, Layer]]"):
-        self.device, self.dtype, self.rank, self.a_dtype = device, dtype, rank, DTYPES[a_dtype]
-        self.packed, self.b_dtype = packed, DTYPES[b_dtype]
-        self.draws = [draw for draw, _ in members]
-        table, shapes, offset, self.scratch = array.array("q"), [], 0, 0
-        for _, layer in members:
-            fields = layer.fields.copy()
-            fields[STDS.value], fields[SCRATCH.value] = offset, self.scratch
-            table.extend(fields)
-            shapes.append(layer.shape)
-            offset, self.scratch = offset + layer.shape[0], self.scratch + layer.scratch
-        self.layers = _upload(table, device)
-        self.tiles = _tiles(tuple(shapes), ROWS, SPAN.value, device)
-        self.norm_tiles = _tiles(tuple(shapes), NORM_ROWS, None, device)
-        self.stds = torch.empty(offset, dtype=torch.float32, device=device)
-        self.std_of = self.stds.unsqueeze(1).split([m for m, _ in shapes])
-
-    def fill(self) -> None:
-        """The stds: those given, or else found here."""
-        find = False
-        for draw, std in zip(self.draws, self.std_of):
-            if draw.std is None:
-                find, draw.std = True, std
-            elif draw.std is not std:
-                std.copy_(draw.std.expand_as(std))
-        if not find:
-            return
-        device, dtype, rank = self.device, DTYPES[self.dtype], self.rank
-        depth = max(32, NORM_DEPTH * 16 // rank)
-        scratch = torch.empty(max(self.scratch, 1), dtype=self.dtype, device=device)
-        grams = torch.empty(len(self.draws), rank, rank, device=device)
-        kinds = self.packed, dtype, self.b_dtype, rank, NORM_ROWS, depth, APPROX
-        with _on(device):
-            _prepare[(len(self.draws),)](self.layers, scratch, grams, dtype, self.a_dtype, rank, depth, APPROX)
-            _norms[(len(self.norm_tiles),)](
-                self.layers, self.norm_tiles, self.stds, scratch, grams, self.draws[0].sigma, *kinds,
-                num_warps=NORM_WARPS, num_stages=NORM_STAGES,
-            )  # fmt: skip
-
-    def move(self, how: int) -> None:
-        sigma, key = self.draws[0].sigma, self.draws[0].step_key
-        below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, self.dtype)
-        with _on(self.device):
-            _move[(len(self.tiles),)](
-                self.layers, self.tiles, self.stds, _delta_table(self.device), below, *map(noise.signed, key),
-                how, self.packed, DTYPES[self.dtype], ROWS, PAIRS, APPROX,
-                num_warps=WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-        _count_write([draw.weight for draw in self.draws])
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _upload(table: "array.array[int]", device: torch.device) -> Tensor:
-    host = torch.frombuffer(table, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host  # a plain copy would wait
-
-
-@functools.lru_cache(maxsize=64)
-def _tiles(shapes: "tuple[tuple[int, int], ...]", rows: int, span: "int | None", device: torch.device) -> Tensor:
-    """(layer, first row, first pair) of each program, for ``rows`` rows by ``span`` pairs each, or by whole rows."""
-    tiles = [
-        torch.cartesian_prod(
-            torch.tensor([layer]), torch.arange(0, m, rows), torch.arange(0, (n + 1) // 2 if span else 1, span or 1)
-        )
-        for layer, (m, n) in enumerate(shapes)
-    ]
-    return torch.cat(tiles).int().to(device)
-
-
-def _count_write(weights: "list[Tensor]") -> None:
-    # a kernel's writes do not move the version counters, by which autograd knows that W changed
-    if COUNTS_LISTS:
-        torch.autograd.graph.increment_version(weights)
-    else:
-        for weight in weights:
-            torch.autograd.graph.increment_version(weight)

@@ -195,6 +195,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             finally:
                 self._window.one_scale = False
                 self.restore()
+                self._window.let_go()
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
             self._count(self.param_groups[0][SEED], self.param_groups[0][STEP] + 1)

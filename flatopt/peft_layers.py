@@ -118,7 +118,7 @@ def lora_state(layer: nn.Module) -> "tuple | None":
                     parameter = holder[name]._parameters.get("weight")
                     if type(parameter) is not nn.Parameter:
                         return None
-                    state += (id(parameter), parameter.data_ptr(), parameter.dtype)
+                    state += (id(parameter), parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
         elif _has(layer, name):
             return None
     return tuple(state)
@@ -214,7 +214,11 @@ def restore_before_merging(layer: nn.Module, restore) -> None:
         @functools.wraps(method)
         def clean(self, *args, _method=method, **kwargs):
             restore(self)
-            return _method(self, *args, **kwargs)
+            result = _method(self, *args, **kwargs)
+            if is_tuner_layer(self):  # it wrote through .data, which moves no version counter
+                for parameter in self.get_base_layer().parameters(recurse=False):
+                    torch.autograd.graph.increment_version(parameter)
+            return result
 
         clean._restores_first = True
         setattr(cls, name, clean)

@@ -18,12 +18,12 @@ FUSED_ON = {"cuda"}  # device types
 
 
 @functools.cache
-def _kernels():
+def _fused():
     try:
-        from . import kernels
+        from . import fused
     except ImportError:  # no Triton, or too old a one
         return None
-    return kernels
+    return fused
 
 
 TOGGLE, ADD, SUBTRACT = 0, 1, -1
@@ -31,13 +31,13 @@ TOGGLE, ADD, SUBTRACT = 0, 1, -1
 
 def _mover(draws: "list[Draw]") -> "Callable[[int], None]":
     """A function that moves all weights in place, one of the three ways; by the kernels what they take."""
-    kernels = _kernels() if any(draw.weight.device.type in FUSED_ON for draw in draws) else None
-    fused, others = [], []
+    fused = _fused() if any(draw.weight.device.type in FUSED_ON for draw in draws) else None
+    taken, others = [], []
     for draw in draws:
-        (fused if kernels and draw.weight.device.type in FUSED_ON and kernels.takes(draw) else others).append(draw)
+        (taken if fused and draw.weight.device.type in FUSED_ON and fused.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
-    move_fused = kernels.fuse(fused) if fused else None
+    move_fused = fused.fuse(taken) if taken else None
     grids = []
 
     def move(how: int) -> None:

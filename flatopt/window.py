@@ -65,19 +65,20 @@ class Window:
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self._roots):
             self._fsdp = fsdp_modules(self._roots)  # sharded since the optimizer was made
         self._reshard()
-        key, tied = step_key(seed, step, rank), set()
+        key, index, tied, known = step_key(seed, step, rank), 0, set(), self._draws
+        self._draws = {}
         try:
             for group, sigma in groups:
                 kept, remade = [], []
                 for target in group["targets"]:
-                    draw = self._draws.get(target)
-                    if draw is None:
-                        draw = self._draws[target] = Draw(target, len(self._draws) + 1)
+                    index += 1
+                    draw = known.get(target)
+                    if draw is None or draw.index != index:
+                        draw = Draw(target, index)
+                    self._draws[target] = draw
                     draw.look()
                     if sigma > 0 and draw.weight.data_ptr() not in tied:
                         tied.add(draw.weight.data_ptr())
-                        if draw.step_key != key:
-                            draw.std = None
                         draw.step_key, draw.sigma, draw.noise = key, sigma, group["noise"]
                         (remade if target.remade else kept).append(draw)
                 self._plans += [(name, some) for name, some in ((group["restore"], kept), ("copy", remade)) if some]
@@ -93,7 +94,7 @@ class Window:
             self._wrote()
         except BaseException:
             self._run_undo()
-            self._let_go()
+            self.let_go()
             raise
         self.was_suspended.clear()
         self.is_open = True
@@ -123,7 +124,7 @@ class Window:
                     draw.target.weight.copy_(draw.weight)
         finally:
             self._undo, self.suspended_by = [], None
-            self._let_go()
+            self.let_go()
 
     @_writing()
     def suspend(self, module: nn.Module) -> None:
@@ -166,12 +167,13 @@ class Window:
 
     def _wrote(self) -> None:
         for draw in self._drawn():
-            draw.wrote()
+            draw.version = draw.weight._version
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Keep no alias of W: it would keep the memory of a model that is moved or deleted. Nor, after a step, its scale."""
         self._plans = []
         for draw in self._draws.values():
-            draw.let_go()
+            draw.parameter = draw.weight = None
             if not self.one_scale:
                 draw.std = None
 

@@ -1,8 +1,10 @@
 """The Triton kernels against the reference twin, on a CUDA device; without one, small cases in Triton's interpreter."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -40,20 +42,20 @@ def test_the_tests_below_in_tritons_interpreter():
 
 
 def test_too_old_a_triton_is_left_alone():
-    code = "import triton; triton.__version__ = '3.1.0'; from flatopt import restore; assert restore._kernels() is None"
+    code = "import triton; triton.__version__ = '3.1.0'; from flatopt import restore; assert restore._fused() is None"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(restore, "FUSED_ON", {DEVICE})
-    from flatopt import kernels
+    from flatopt import fused
 
-    fused = []
-    fuse = kernels.fuse
-    monkeypatch.setattr(kernels, "fuse", lambda draws: (fused.extend(draws), fuse(draws))[1])
-    kernels.fused = fused  # the draws that took the kernels' way
-    return kernels
+    draws = []
+    fuse = fused.fuse
+    monkeypatch.setattr(fused, "fuse", lambda some: (draws.extend(some), fuse(some))[1])
+    fused.fused = draws  # the draws that took the kernels' way
+    return fused
 
 
 class LowRank(nn.Module):
@@ -294,6 +296,11 @@ def stepped(layer):
             magnitude.weight.mul_(1.5)
 
 
+def cut(layer):
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A.data, B.data = A.data[:1], B.data[:, :1]
+
+
 CHANGES = {
     "nothing": lambda layer: None,
     "an optimizer's step": stepped,
@@ -304,6 +311,7 @@ CHANGES = {
     "W written": written,
     "other memory": moved,
     "A replaced": replaced,
+    "a lower rank": cut,
     "another dtype": lambda layer: layer.to(torch.bfloat16),
 }
 
@@ -340,6 +348,24 @@ def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(
     optimizer.restore()
     for layer, before in zip(layers, clean):
         assert torch.equal(bits(layer.base_layer.weight), bits(before))
+
+
+@runs
+def test_a_deleted_model_is_not_kept_by_its_table(kernels):
+    gc.collect()
+    gc.disable()  # a cycle would wait for it
+    try:
+        module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
+        optimizer = optimizer_for(module)
+        for _ in range(2):
+            optimizer.perturb()
+            optimizer.step()
+        weight = weakref.ref(module.weight)
+        kernels.fused.clear()
+        del module, optimizer
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @runs

@@ -145,6 +145,31 @@ def test_a_graph_from_before_perturbing_raises(model):
         loss.backward()
 
 
+def test_an_evaluation_amid_a_step_leaves_multihead_attention_as_it_was():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.out(self.attend(x, x, x)[0])
+
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attend", "out"], init_lora_weights=False))
+    optimizer = wrap(model, lr=0.0)
+    targets = optimizer.perturb_groups[0]["targets"]
+    clean = [target.weight.clone() for target in targets]
+    for _ in range(3):
+        loss = model(torch.randn(2, 3, 16)).sum()
+        with torch.no_grad():
+            model(torch.randn(2, 3, 16))
+        loss.backward()
+        optimizer.step()
+        for target, before in zip(targets, clean):
+            torch.testing.assert_close(target.weight, before, rtol=0, atol=1e-6)
+
+
 def test_a_no_grad_forward_with_subtract_raises_in_backward(model):
     wrap(model, restore="subtract")  # it drifts, so the weights of the graph do not come back
     optimizer = wrap(model, restore="subtract")
@@ -263,6 +288,60 @@ def test_a_closure_that_raises_leaves_clean_weights(model, before):
     loss_of(model).backward()
     optimizer.step()
     assert not changed(model, before)
+
+
+def test_after_a_closure_that_raises_the_scale_is_found_anew(model, before):
+    optimizer = wrap(model)
+
+    def closure():
+        loss_of(model)
+        raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        optimizer.step(closure)
+    optimizer.perturb_groups[0]["restore"] = "copy"  # exactly linear in the scale
+    sizes = []
+    for sigma in (0.2, 0.4):
+        optimizer.perturb_groups[0]["sigma"] = sigma
+        optimizer.perturb()
+        sizes.append({name: eps.double().norm() for name, eps in noise_now(model, before).items()})
+        optimizer.restore()
+    for name, size in sizes[0].items():
+        torch.testing.assert_close(sizes[1][name], 2 * size, rtol=1e-4, atol=0)
+
+
+def test_a_weight_merged_into_and_trained_on_has_the_scale_of_its_new_value(model, before):
+    # ReLoRA: merge for good, start anew; PEFT merges through .data
+    optimizer = wrap(model, restore="copy")
+    optimizer.perturb()
+    optimizer.step()
+    for layer in (module for module in model.modules() if hasattr(module, "base_layer")):
+        with torch.no_grad():
+            layer.lora_B["default"].weight.mul_(20)
+        layer.merge()
+        layer.merged_adapters.clear()
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    merged = frozen(model)
+    assert changed(model, before)
+    optimizer.perturb()
+    for name, eps in noise_now(model, merged).items():
+        expected = 0.2 * merged[name].square().mean().sqrt()
+        assert 0.8 < eps.square().mean().sqrt() / expected < 1.2 or "bias" in name, name
+
+
+def test_noise_goes_by_the_place_in_the_groups(model, before):
+    layers = model.base_model.model
+    groups = [{"modules": layers.first}, {"modules": layers.second}]
+    optimizer = wrap(model, targets=groups)
+    optimizer.perturb()
+    optimizer.restore()
+    del optimizer.perturb_groups[0]
+    optimizer.perturb()
+    edited = noise_now(model, before)
+    optimizer.restore()
+    fresh = wrap(model, targets=groups[1:])
+    fresh.perturb()
+    assert same(edited, noise_now(model, before))
 
 
 def test_a_forward_before_a_closure_is_the_same_window(model, before):

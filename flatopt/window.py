@@ -118,10 +118,7 @@ class Window:
                     )
             if self.suspended_by is None:
                 self._run_undo()
-            for draw in self._drawn():
-                # after model.to(...): what it should have moved
-                if local(draw.target.parameter).data_ptr() != draw.weight.data_ptr():
-                    draw.target.weight.copy_(draw.weight)
+            self._follow()
         finally:
             self._undo, self.suspended_by = [], None
             self.let_go()
@@ -140,6 +137,7 @@ class Window:
         drawn = self._drawn() if exact else ()
         self._versions = [torch.autograd._unsafe_preserve_version_counter(draw.parameter) for draw in drawn]
         self._run_undo()
+        self._follow()
 
     @_writing()
     def resume(self) -> None:
@@ -149,6 +147,7 @@ class Window:
         for version in self._versions:
             version.__exit__()
         self._wrote()
+        self._follow()
 
     def _reshard(self) -> None:
         for module in self._fsdp:
@@ -168,6 +167,12 @@ class Window:
     def _wrote(self) -> None:
         for draw in self._drawn():
             draw.version = draw.weight._version
+
+    def _follow(self) -> None:
+        # after model.to(...), or PEFT making a weight anew: what should have been moved
+        for draw in self._drawn():
+            if local(draw.target.parameter).data_ptr() != draw.weight.data_ptr():
+                draw.target.weight.copy_(draw.weight)
 
     def let_go(self) -> None:
         """Keep no alias of W: it would keep the memory of a model that is moved or deleted. Nor, after a step, its scale."""

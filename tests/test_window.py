@@ -145,7 +145,7 @@ def test_a_graph_from_before_perturbing_raises(model):
         loss.backward()
 
 
-def test_an_evaluation_amid_a_step_leaves_multihead_attention_as_it_was():
+def test_an_evaluation_amid_a_step_of_multihead_attention_is_clean_and_leaves_it_as_it_was():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,11 +159,15 @@ def test_an_evaluation_amid_a_step_leaves_multihead_attention_as_it_was():
     model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attend", "out"], init_lora_weights=False))
     optimizer = wrap(model, lr=0.0)
     targets = optimizer.perturb_groups[0]["targets"]
-    clean = [target.weight.clone() for target in targets]
+    clean, x = [target.weight.clone() for target in targets], torch.randn(2, 3, 16)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    model.train()
     for _ in range(3):
-        loss = model(torch.randn(2, 3, 16)).sum()
+        loss = model(x).sum()
         with torch.no_grad():
-            model(torch.randn(2, 3, 16))
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+        assert model(x).sum() == loss  # the second micro-batch has the first one's noise
         loss.backward()
         optimizer.step()
         for target, before in zip(targets, clean):

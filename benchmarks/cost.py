@@ -119,6 +119,7 @@ def tiny(device: str) -> Case:
 
 
 MODELS = {"llama-7b": llama_7b, "t5-base": t5_base, "vit-b32": vit_b32, "tiny": tiny}
+ON_GPU = ["llama-7b", "t5-base", "vit-b32"]  # unless others are asked for
 
 
 # --- methods: each takes a step of `accumulation` micro-batches; some can perturb and restore by themselves ---------------
@@ -285,6 +286,19 @@ def take_turn(make: Callable, case: Case, accumulation: int, device: str, steps:
         return clock.intervals(), peak.gigabytes()
 
 
+def time_toggle(method: Plain, device: str) -> "list[float]":
+    """Milliseconds to perturb and to restore."""
+    clock = Clock(device)
+    if device == "cuda":
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host gets ahead
+    clock.mark()
+    method.perturb()
+    clock.mark()
+    method.restore()
+    clock.mark()
+    return clock.intervals()
+
+
 def time_toggles(methods: "list[str]", case: Case, device: str) -> "dict[str, dict]":
     """Milliseconds to perturb and to restore, of the methods that can do it by themselves, and their sum over the official
     procedure's; they take turns, one at a time."""
@@ -294,17 +308,8 @@ def time_toggles(methods: "list[str]", case: Case, device: str) -> "dict[str, di
         rounds += 1
         for name, found in times.items():
             with made(METHODS[name], case) as method:
-                for _ in range(2):  # the first finds the square sums of W, and compiles
-                    clock = Clock(device)
-                    if device == "cuda":
-                        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host gets ahead
-                    clock.mark()
-                    method.perturb()
-                    clock.mark()
-                    method.restore()
-                    clock.mark()
-                    there, back = clock.intervals()
-                found.append((there, back))
+                time_toggle(method, device)  # finds the square sums of W, and compiles
+                found.append(time_toggle(method, device))
     toggles = {}
     for name, found in times.items():
         there, back = zip(*found)
@@ -320,6 +325,12 @@ def summary(samples: "list[float]") -> dict:
     return {"median": middle, "spread": (high - low) / 2, "repeats": len(samples)}
 
 
+def over_plain(own: "list[list[float]]", plain: "list[list[float]]") -> dict:
+    """Ratios of a method's turns to plain's; each stands between two of plain, so that what drifts hits both alike."""
+    turns = zip(own, plain, plain[1:])
+    return summary([statistics.median(turn) / statistics.median(before + after) for turn, before, after in turns])
+
+
 def compare(name: str, case: Case, accumulation: int, device: str, seconds: float) -> "tuple[dict, list, float | None]":
     """The cell of a method, and the step times and peak memory of the plain turns around its own."""
     plain, own, plain_peaks, peaks, began = [], [], [], [], time.perf_counter()
@@ -330,11 +341,7 @@ def compare(name: str, case: Case, accumulation: int, device: str, seconds: floa
             turns.append(samples)
             most.append(peak)
     plain.append(take_turn(Plain, case, accumulation, device, len(own[0]))[0])
-    # a turn stands between two of plain: what drifts hits both alike
-    ratios = [
-        statistics.median(turn) / statistics.median(before + after) for turn, before, after in zip(own, plain, plain[1:])
-    ]
-    cell = {"step_ms": summary([*chain(*own)]), "ratio": summary(ratios), "peak_gb": None, "peak_gb_over_plain": None}
+    cell = {"step_ms": summary([*chain(*own)]), "ratio": over_plain(own, plain), "peak_gb": None, "peak_gb_over_plain": None}
     if None not in peaks:
         cell.update(peak_gb=max(peaks), peak_gb_over_plain=max(peaks) - max(plain_peaks))
     return cell, [*chain(*plain)], None if None in plain_peaks else max(plain_peaks)
@@ -360,26 +367,27 @@ def measure(case: Case, accumulations: "list[int]", methods: "list[str]", device
 # --- showing --------------------------------------------------------------------------------------------------------------
 
 
+def shown_cell(value: "dict | None", digits: int = 2, scale: float = 1) -> str:
+    """A :func:`summary`, or nothing where there is none."""
+    return "" if value is None else f"{scale * value['median']:.{digits}f} ± {scale * value['spread']:.{digits}f}"
+
+
 def table(name: str, result: dict) -> Table:
     shown = Table(title=f"{name}: {result['what']}; {result['layers']} layers, {result['weights'] / 1e6:.1f} M weights")
     for column in ("accumulation", "method"):
         shown.add_column(column)
     for column in ("step ms", "ratio to plain", "perturb ms", "restore ms", "both over official", "peak GB over plain"):
         shown.add_column(column, justify="right")
-
-    def cell(value: "dict | None") -> str:
-        return "" if value is None else f"{value['median']:.2f} ± {value['spread']:.2f}"
-
     for row in result["rows"]:
         over, toggles = row["peak_gb_over_plain"], result["toggles"].get(row["method"], {})
         shown.add_row(
             str(row["accumulation"]),
             row["method"],
-            cell(row["step_ms"]),
-            "1" if row["ratio"] is None else f"{row['ratio']['median']:.3f} ± {row['ratio']['spread']:.3f}",
-            cell(toggles.get("perturb_ms")),
-            cell(toggles.get("restore_ms")),
-            cell(toggles.get("both_over_official")),
+            shown_cell(row["step_ms"]),
+            shown_cell(row["ratio"], digits=3) or "1",
+            shown_cell(toggles.get("perturb_ms")),
+            shown_cell(toggles.get("restore_ms")),
+            shown_cell(toggles.get("both_over_official")),
             "" if over is None else f"{row['peak_gb']:.3f}" if row["method"] == "plain LoRA" else f"{over:+.3f}",
             end_section=row is result["rows"][-1] or row["method"] == list(METHODS)[-1],
         )
@@ -420,11 +428,15 @@ def picture(results: dict, path: Path) -> None:
     axes[0, 0].invert_yaxis()  # shared
     most = max(axes[0], key=lambda axis: len(axis.containers))
     figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    if any("parts" in row for result in models.values() for row in result["rows"]):
-        figure.suptitle(f"{results['device']}: whole steps (bars), the device's part of them (diamonds)", fontsize=9)
-    else:
-        figure.suptitle(results["device"], fontsize=9)
+    has_parts = any("parts" in row for result in models.values() for row in result["rows"])
+    legend = ": whole steps (bars), the device's part of them (diamonds)" if has_parts else ""
+    figure.suptitle(results["device"] + legend, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def results_file(folder: Path, device: str) -> Path:
+    name = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    return folder / f"cost_{name}.json"
 
 
 def main() -> None:
@@ -439,7 +451,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    models = args.models or (["llama-7b", "t5-base", "vit-b32"] if args.device == "cuda" else ["tiny"])
+    models = args.models or (ON_GPU if args.device == "cuda" else ["tiny"])
     if args.device == "cuda" and not gpu:
         parser.error("this machine has no CUDA device; use --device cpu")
     if args.threads:
@@ -453,8 +465,7 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"cost_{'cpu' if args.device == 'cpu' else device_name.lower().replace(' ', '-')}"
-    file = stem.with_suffix(".json")
+    file = results_file(args.out, args.device)
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"models": {}}
     results["device"] = device_name
 
@@ -480,8 +491,8 @@ def main() -> None:
             Console(width=max(console.width, 120)).print(table(name, results["models"][name]))
             del case, layers
 
-    picture(results, stem.with_suffix(".png"))
-    console.print(f"written: {file}, {stem.with_suffix('.png')}")
+    picture(results, file.with_suffix(".png"))
+    console.print(f"written: {file}, {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

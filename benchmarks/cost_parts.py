@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from cost import METHODS, MODELS, Case, made, picture, summary
+from cost import METHODS, MODELS, ON_GPU, Case, made, over_plain, picture, results_file, shown_cell, summary
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,8 +46,8 @@ def on_device(name: str, case: Case, accumulation: int, turns: int) -> dict:
     for _ in range(turns):  # in turns, as the clock of a busy GPU drifts
         own.append(device_ms(name, case, accumulation))
         plain.append(device_ms("plain LoRA", case, accumulation))
-    ratios = [2 * there / (before + after) for there, before, after in zip(own, plain, plain[1:])]
-    return {"device_ms": summary(own), "device_plain_ms": summary(plain), "device_ratio": summary(ratios)}
+    ratio = over_plain([[turn] for turn in own], [[turn] for turn in plain])
+    return {"device_ms": summary(own), "device_plain_ms": summary(plain), "device_ratio": ratio}
 
 
 def on_host(name: str, case: Case, accumulation: int) -> dict:
@@ -75,10 +75,6 @@ def table(models: dict) -> Table:
         shown.add_column(column)
     for column in ("device ms, plain", "device ms", "ratio", "host ms added", "share of the rest, %"):
         shown.add_column(column, justify="right")
-
-    def cell(value: "dict | None", digits: int = 2, scale: float = 1) -> str:
-        return "" if value is None else f"{scale * value['median']:.{digits}f} ± {scale * value['spread']:.{digits}f}"
-
     for model, result in models.items():
         for row in result["rows"]:
             if parts := row.get("parts"):
@@ -86,18 +82,18 @@ def table(models: dict) -> Table:
                     model,
                     str(row["accumulation"]),
                     row["method"],
-                    cell(parts["device_plain_ms"]),
-                    cell(parts["device_ms"]),
-                    cell(parts["device_ratio"], digits=4),
-                    cell(parts.get("host_ms")),
-                    cell(parts.get("host_share"), scale=100),
+                    shown_cell(parts["device_plain_ms"]),
+                    shown_cell(parts["device_ms"]),
+                    shown_cell(parts["device_ratio"], digits=4),
+                    shown_cell(parts.get("host_ms")),
+                    shown_cell(parts.get("host_share"), scale=100),
                 )
     return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-7b", "t5-base", "vit-b32"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=ON_GPU)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1])
     parser.add_argument("--turns", type=int, default=3, help="of the device, each a step between two plain ones")
@@ -106,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no CUDA device, and host and device are one")
-    file = args.out / f"cost_{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
+    file = results_file(args.out, "cuda")
     if not file.exists():
         parser.error(f"{file} is not there; run cost.py first")
     results = json.loads(file.read_text(encoding="utf-8"))

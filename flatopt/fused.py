@@ -67,12 +67,13 @@ def fuse(draws: "list[Draw]") -> Callable[[int], None]:
 
 
 def _layer(draw: Draw) -> "Layer":
-    known = draw.layer
-    if draw.std is not None:
-        layer = known or Layer(draw, None, None)
-    else:
-        state = draw.target.delta_state()
-        layer = known if known and state is not None and known.state == state else Layer(draw, state, _factors(draw))
+    known, find = draw.layer, draw.std is None
+    if known and not find:
+        return known
+    state = draw.target.delta_state() if find else None
+    if known and state is not None and known.state == state:
+        return known
+    layer = Layer(draw, state, _factors(draw) if find else None)
     if not known or (layer.kind, layer.fields, layer.state) != (known.kind, known.fields, known.state):
         draw.layer = layer
     return draw.layer

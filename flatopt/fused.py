@@ -21,6 +21,7 @@ from .scale import fill_std
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
 ROWS, PAIRS, WARPS = 16, 64, 4
+PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
 MAX_RANK = 64  # beyond it the small matrices of kernels.norms no longer fit shared memory everywhere
 COUNTS_LISTS = torch.__version__ >= (2, 6)
@@ -157,12 +158,14 @@ class Launch:
         if not find:
             return
         device, dtype, rank = self.device, DTYPES[self.dtype], self.rank
-        depth = max(32, NORM_DEPTH * 16 // rank)
+        prepare_depth, depth = PREPARE_DEPTH * 16 // rank, max(32, NORM_DEPTH * 16 // rank)
         scratch = torch.empty(max(self.scratch, 1), dtype=self.dtype, device=device)
         grams = torch.empty(len(draws), rank, rank, device=device)
         kinds = self.packed, dtype, self.b_dtype, rank, NORM_ROWS, depth, APPROX
         with _on(device):
-            kernels.prepare[(len(draws),)](self.layers, scratch, grams, dtype, self.a_dtype, rank, depth, APPROX)
+            kernels.prepare[(len(draws),)](
+                self.layers, scratch, grams, dtype, self.a_dtype, rank, prepare_depth, APPROX, num_stages=PREPARE_STAGES
+            )
             kernels.norms[(len(self.norm_tiles),)](
                 self.layers, self.norm_tiles, self.stds, scratch, grams, draws[0].sigma, *kinds,
                 num_warps=NORM_WARPS, num_stages=NORM_STAGES,

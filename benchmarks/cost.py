@@ -413,10 +413,11 @@ def picture(results: dict, path: Path) -> None:
             at = [m + i * height - 0.4 + height / 2 for m in range(len(methods))]
             over = [100 * (rows[m]["ratio"]["median"] - 1) for m in methods]
             spread = [100 * rows[m]["ratio"]["spread"] for m in methods]
-            bars = axis.barh(
-                at, over, height, xerr=spread, error_kw={"linewidth": 0.8}, label=f"accumulation {accumulation}"
-            )
-            axis.bar_label(bars, fmt="%+.1f", fontsize=6, padding=6)
+            axis.barh(at, over, height, xerr=spread, error_kw={"linewidth": 0.8}, label=f"accumulation {accumulation}")
+            for percent, y in zip(over, at):  # all at the edge, where no bar or diamond hides them
+                axis.text(
+                    0.99, y, f"{percent:+.1f}", transform=axis.get_yaxis_transform(), fontsize=6, ha="right", va="center"
+                )
             device = [(rows[m]["parts"]["device_ratio"]["median"], y) for m, y in zip(methods, at) if "parts" in rows[m]]
             axis.plot([100 * (ratio - 1) for ratio, _ in device], [y for _, y in device], "kD", markersize=3)
         axis.set_yticks(range(len(methods)), methods)

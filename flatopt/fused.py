@@ -19,7 +19,7 @@ from .reversible import _delta_table, grid_bits
 from .scale import fill_std
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# What fits registers and cache of an H200 best (benchmarks/LOG.md); the noise is the same whatever stands here.
+# What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
 ROWS, PAIRS, WARPS = 16, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4

@@ -31,13 +31,13 @@ TOGGLE, ADD, SUBTRACT = 0, 1, -1
 
 def _mover(draws: "list[Draw]") -> "Callable[[int], None]":
     """A function that moves all weights in place, one of the three ways; by the kernels what they take."""
-    fused = _fused() if any(draw.weight.device.type in FUSED_ON for draw in draws) else None
     taken, others = [], []
     for draw in draws:
-        (taken if fused and draw.weight.device.type in FUSED_ON and fused.takes(draw) else others).append(draw)
+        fused = _fused() if draw.weight.device.type in FUSED_ON else None
+        (taken if fused and fused.takes(draw) else others).append(draw)
     if others or draws[0].noise != "filter":
         fill_std(draws)
-    move_fused = fused.fuse(taken) if taken else None
+    move_fused = _fused().fuse(taken) if taken else None
     grids = []
 
     def move(how: int) -> None:

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import kernels, noise
+from .delta import Delta
 from .draw import Draw
 from .kernels import APPROX, SCRATCH, SPAN, STDS
 from .reversible import _delta_table, grid_bits
-from .scale import fill_std
+from .scale import filter_std
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
@@ -53,9 +54,6 @@ def fuse(draws: "list[Draw]") -> Callable[[int], None]:
         # by number: a launch that held draws would be a cycle, and keep a deleted model's memory until it is collected
         launches = [(Launch(*kind, [layers[i] for i in some]), some) for kind, some in by_kind.items()]
         draws[0].launches = layers, launches
-    unknown = [draw for draw in draws if draw.std is None and draw.layer.factors is None]
-    if unknown:
-        fill_std(unknown)
     parts = [(launch, [draws[i] for i in some]) for launch, some in launches]
     for launch, some in parts:
         launch.fill(some)
@@ -74,7 +72,13 @@ def _layer(draw: Draw) -> "Layer":
     state = draw.target.delta_state() if find else None
     if known and state is not None and known.state == state:
         return known
-    layer = Layer(draw, state, _factors(draw) if find else None)
+    factors = None
+    if find:
+        delta = draw.target.delta()
+        factors = _factors(draw, delta)
+        if factors is None:
+            draw.std = filter_std(draw, delta)
+    layer = Layer(draw, state, factors)
     if not known or (layer.kind, layer.fields, layer.state) != (known.kind, known.fields, known.state):
         draw.layer = layer
     return draw.layer
@@ -90,9 +94,9 @@ class Factors(NamedTuple):
     norms: Tensor | None = None
 
 
-def _factors(draw: Draw) -> "Factors | None":
+def _factors(draw: Draw, delta: Delta) -> "Factors | None":
     """None if it takes more than the kernels know."""
-    delta, device = draw.target.delta(), draw.weight.device
+    device = draw.weight.device
     if delta.row_norm is not None:
         norms = delta.row_norm.detach()
         return Factors(norms=norms.contiguous()) if norms.dtype in DTYPES and norms.device == device else None

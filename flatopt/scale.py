@@ -45,6 +45,16 @@ def row_square_sums(rows: Tensor, delta: Delta, of_weight=weight_square_sums) ->
     return total.clamp_min(0.0)
 
 
+def _finite_square_sums(draw, delta: Delta) -> Tensor:
+    # a row with inf or NaN gets no noise
+    return row_square_sums(draw.rows, delta, draw.square_sums).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def filter_std(draw, delta: Delta) -> Tensor:
+    """Of every row sigma ||w'|| / sqrt(n), ``(rows, 1)``, float32."""
+    return (_finite_square_sums(draw, delta) / draw.rows.shape[1]).sqrt_().mul_(draw.sigma).unsqueeze(1)
+
+
 def fill_std(draws: list) -> None:
     """Set ``draw.std`` of all draws of one group: a float32 tensor broadcastable to ``draw.rows``."""
     if draws[0].std is not None:
@@ -52,12 +62,12 @@ def fill_std(draws: list) -> None:
     noise, sigma = draws[0].noise, draws[0].sigma
     if noise == "element":
         return  # the standard deviation is sigma |w|, element by element
-    sums = [row_square_sums(d.rows, d.target.delta(), d.square_sums) for d in draws]
-    sums = [total.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for total in sums]  # a row with inf or NaN gets no noise
     if noise == "filter":
-        for draw, total in zip(draws, sums):
-            draw.std = (total / draw.rows.shape[1]).sqrt_().mul_(sigma).unsqueeze(1)
-    elif noise == "layer":
+        for draw in draws:
+            draw.std = filter_std(draw, draw.target.delta())
+        return
+    sums = [_finite_square_sums(draw, draw.target.delta()) for draw in draws]
+    if noise == "layer":
         for draw, total in zip(draws, sums):
             total = summed_over_shards(total.sum(), draw.target.parameter)
             draw.std = (total / draw.target.parameter.numel()).sqrt_().mul_(sigma).view(1, 1)

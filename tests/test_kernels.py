@@ -225,6 +225,23 @@ def test_what_the_kernels_do_not_compute_is_computed_by_torch(kernels, kind):
 
 
 @runs
+def test_a_dense_update_is_made_once_a_step(kernels):
+    made = []
+
+    class LowRankDense(LowRank):
+        def low_rank_delta(self):
+            made.append(SCALING * self.B @ self.A)  # as large as W, and as slow
+            return made[-1]
+
+    optimizer = optimizer_for(LowRankDense(gaussian(24, 96, dtype=torch.float32), 4))
+    made.clear()
+    for step in range(3):
+        optimizer.perturb()
+        optimizer.step()
+        assert len(kernels.fused) == len(made) == step + 1
+
+
+@runs
 def test_noise_does_not_depend_on_the_launch(kernels, monkeypatch):
     module = LowRank(gaussian(20, 264, dtype=torch.bfloat16), 8)
     clean = module.weight.detach().clone()

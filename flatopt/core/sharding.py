@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from .delta import Delta
+from .weight import WeightUpdate
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -44,10 +44,10 @@ def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(total, weight.device_mesh, placements, run_check=False).full_tensor()
 
 
-def local_delta(delta: Delta, weight: Tensor) -> Delta:
+def local_update(update: WeightUpdate, weight: Tensor) -> WeightUpdate:
     """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
     if not is_sharded(weight):
-        return delta
+        return update
     from torch.distributed.tensor import DTensor, Replicate
 
     def rows(tensor: "Tensor | None") -> "Tensor | None":
@@ -61,8 +61,8 @@ def local_delta(delta: Delta, weight: Tensor) -> Delta:
     def whole(tensor):
         return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
 
-    factors = tuple((rows(B), whole(A), whole(scaling)) for B, A, scaling in delta.factors)
-    return Delta(factors, rows(delta.dense), rows(delta.row_norm), rows(delta.alpha))
+    factors = tuple((rows(B), whole(A), whole(scaling)) for B, A, scaling in update.factors)
+    return WeightUpdate(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
 
 
 def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import targets as targets_in
+from ..adapters.registry import find_weights, raw_weights
+from ..core.weight import AdaptedWeight
 
 
-def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, Any]], list[nn.Module]]":
+def read_groups(targets: Any, defaults: "dict[str, Any]") -> "tuple[list[dict[str, Any]], list[nn.Module]]":
     """The groups, each with its list of ``targets`` and the ``defaults`` filled in; and the modules whose forward
     runs them.
 
@@ -25,7 +26,11 @@ def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, An
             "targets must be a module, or a non-empty list of dicts such as {'modules': model.blocks, 'sigma': 0.1}; got "
             f"{type(targets).__name__}"
         )
-    groups, roots, taken = [], [], set()
+    groups: list[dict[str, Any]] = []
+    roots: list[nn.Module] = []
+    taken: set[int] = set()
+    found: list[AdaptedWeight]
+    modules: list[nn.Module] = []
     for given in targets:
         unknown = set(given) - {"modules", "params", *defaults}
         if unknown or ("modules" in given) == ("params" in given):
@@ -33,13 +38,13 @@ def read_groups(targets, defaults: "dict[str, Any]") -> "tuple[list[dict[str, An
             raise ValueError(f"a target group has either 'modules' or 'params'{optional}; got {sorted(given)}")
         if "modules" in given:
             modules = _as_list(given["modules"], nn.Module, "modules", "an nn.Module or an iterable of them")
-            found = targets_in.find(modules)
+            found = find_weights(modules)
             roots += [root for module in modules for root in _called(module)]
         else:
-            found = targets_in.raw(
+            found = raw_weights(
                 _as_list(given["params"], torch.Tensor, "params", "a frozen parameter or an iterable of them")
             )
-        found = [t for t in found if not (id(t.parameter) in taken or taken.add(id(t.parameter)))]
+        found = [w for w in found if not (id(w.parameter) in taken or taken.add(id(w.parameter)))]  # type: ignore[func-returns-value]
         if not found:
             names = ", ".join(sorted({type(m).__name__ for m in modules})) if "modules" in given else "params"
             raise ValueError(
@@ -58,12 +63,12 @@ def _called(module: nn.Module) -> "list[nn.Module]":
     """
     lightning = any(cls.__name__ == "LightningModule" for cls in type(module).__mro__)
     if lightning or (type(module).forward is nn.Module.forward and "forward" not in module.__dict__):
-        parts = [child for child in module.children() if targets_in.find([child])]
+        parts = [child for child in module.children() if find_weights([child])]
         return [root for part in parts for root in _called(part)] or [module]
     return [module]
 
 
-def _as_list(value, kind: type, key: str, wanted: str) -> list:
+def _as_list(value: Any, kind: type, key: str, wanted: str) -> "list[Any]":
     items = [value] if isinstance(value, kind) else list(value) if isinstance(value, Iterable) else [None]
     if not items or not all(isinstance(item, kind) for item in items):
         raise TypeError(f"{key!r} of a target group must be {wanted}, got {value!r:.100}")

@@ -19,6 +19,14 @@ class OptimizerWrapper(Optimizer):
             raise TypeError(f"optimizer must be a constructed torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
 
+    @property
+    def innermost(self) -> Optimizer:
+        """The optimizer whose step changes the parameters, under accelerate's, DeepSpeed's and other wrappers."""
+        inner = self.optimizer
+        while isinstance(deeper := inner.__dict__.get("optimizer"), Optimizer):
+            inner = deeper
+        return inner
+
     def _attach(self) -> None:
         # Optimizer.__init__ would assign state and param_groups, through our properties: wiping the wrapped one's
         super().__setstate__({})
@@ -27,9 +35,9 @@ class OptimizerWrapper(Optimizer):
         self.__dict__.update(state)
         self._attach()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's ``zero_grad``."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The wrapped optimizer's ``zero_grad``, given what it is given: not every optimizer knows ``set_to_none``."""
+        self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict) -> None:
         """The wrapped optimizer's ``add_param_group``."""
@@ -44,6 +52,21 @@ class OptimizerWrapper(Optimizer):
         """Passed on to the wrapped optimizer, if it has an ``eval``."""
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval(*args)
+
+    @property
+    def is_second_order(self) -> bool:
+        """timm asks for it; there where the wrapped optimizer has it."""
+        return bool(self.optimizer.is_second_order)  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        # only reached where nothing else knows the name
+        inner = self.__dict__.get("optimizer")
+        if inner is not None and hasattr(inner, name) and not name.startswith("__"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}; the {type(inner).__name__} it wraps has: use optimizer.optimizer "
+                "where that is asked for"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def param_groups(self) -> "list[dict[str, Any]]":

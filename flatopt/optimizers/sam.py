@@ -4,15 +4,17 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..core.checks import check
+from ..core.sharding import fsdp_modules, is_sharded, local
+from ..core.weight import AdaptedWeight
 from .groups import read_groups
 from .replay import random_state, running_statistics_kept
-from .sharding import fsdp_modules, is_sharded, local
 from .wrapper import OptimizerWrapper
 
 SPACES = ("adapter", "full")
@@ -84,7 +86,7 @@ class SAM(OptimizerWrapper):
         *,
         rho: float = 0.05,
         space: str = "adapter",
-        targets: Union[nn.Module, "list[dict[str, Any]]", None] = None,
+        targets: "nn.Module | list[dict[str, Any]] | None" = None,
         adaptive: bool = False,
         shared: bool = False,
     ):
@@ -95,7 +97,8 @@ class SAM(OptimizerWrapper):
         if space == "full" and targets is None:
             raise ValueError("space='full' perturbs the frozen base weights of targets: pass targets=model")
         self.rho, self.space, self.adaptive, self.shared = rho, space, adaptive, shared
-        self._targets, self._roots = [], []
+        self._targets: list[AdaptedWeight] = []
+        self._roots: list[nn.Module] = []
         if space == "full":
             groups, self._roots = read_groups(targets, {})
             self._targets = [target for group in groups for target in group["targets"]]
@@ -105,7 +108,7 @@ class SAM(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
-        self._saved = None
+        self._saved: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def is_perturbed(self) -> bool:
@@ -174,8 +177,8 @@ class SAM(OptimizerWrapper):
 
     def _check_targets(self) -> None:
         for target in self._targets:
-            target.check()
-            if target.remade:
+            check(target)
+            if target.rebuilt:
                 raise ValueError(
                     f"{target.path} is made anew at each forward (PEFT on nn.MultiheadAttention), so no gradient reaches "
                     "it; leave it out: pass the other layers as [{'modules': [...]}]"

@@ -105,6 +105,7 @@ class Peft(Singleton):
                 f"{path} is a grouped convolution with DoRA, for which PEFT takes the norm of another matrix than it "
                 "applies. Use LoRA there, or leave it out: pass the other layers as [{'modules': [...]}]"
             )
+        _lora_linear[type(layer)] = family(layer) == "lora" and type(layer).__name__.startswith("Linear")
         layout = "experts" if experts else "columns" if transposed(layer) else "rows"
         # nn.MultiheadAttention gets its weights made anew in each forward, as W + sBA - sBA; ParamWrapper's forward has
         # torch.nn.utils.parametrize set the weight
@@ -126,41 +127,34 @@ class Peft(Singleton):
     def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any]:
         # each step for every layer: PEFT's properties and nn.Module's own lookups would cost as much as all else here
         keys: list[Any] = []
+        linear = _lora_linear
         for weight in weights:
-            layer: Any = weight.layer
-            attributes = layer.__dict__
-            modules = attributes["_modules"]
-            names = layer._active_adapter
-            if layer._disable_adapters:
-                keys.append("disabled")
-                continue
-            if type(names) is not str:
-                if len(names) != 1:
-                    keys.append(_key(weight))
-                    continue
-                names = names[0]
-            A = modules["lora_A"]._modules.get(names) if "lora_A" in modules else None
-            if (
-                A is None
-                or modules["base_layer"] is not weight.owner
-                or attributes.get("lora_variant")
-                or not _plain(weight)
-            ):
+            layer = weight.layer
+            if not linear.get(type(layer), False):
                 keys.append(_key(weight))
                 continue
-            a = A._parameters.get("weight")
-            b = modules["lora_B"]._modules[names]._parameters.get("weight")
+            attributes = layer.__dict__
+            name, modules = attributes["_active_adapter"], attributes["_modules"]
+            if type(name) is not str:
+                name = name[0] if len(name) == 1 else None
+            if attributes["_disable_adapters"] or modules["base_layer"] is not weight.owner:
+                keys.append(_key(weight))
+                continue
+            A, variants = modules["lora_A"]._modules.get(name), attributes.get("lora_variant")
+            if A is None or (variants and not _in_factors(variants.get(name))):
+                keys.append(_key(weight))
+                continue
+            a, b = A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
             if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
                 keys.append(object())
                 continue
             # in_features and out_features are the layer's, so that the number of elements tells the shape
-            keys.append(
-                (
-                    *(names, attributes["scaling"][names]),
-                    *(id(a), a.data_ptr(), a.dtype, a.numel()),
-                    *(id(b), b.data_ptr(), b.dtype, b.numel()),
-                )
+            key = (
+                *(name, attributes["scaling"][name], id(a), a.data_ptr(), a.dtype, a.numel()),
+                *(id(b), b.data_ptr(), b.dtype, b.numel()),
             )
+            magnitude = modules["lora_magnitude_vector"]._modules.get(name)
+            keys.append(key if magnitude is None else (key, _memory(magnitude._parameters.get("weight"))))
         return keys
 
     def is_merged(self, layer: Any) -> bool:
@@ -278,8 +272,7 @@ def _lora(layer: Any, name: str, weight: Tensor) -> Factors | None:
     if transposed(layer):
         rows, fan_in = fan_in, rows
     fits = B.shape[0] == rows and A.shape[1] == fan_in and B.shape[1] == A.shape[0]
-    variant = getattr(layer, "lora_variant", {}).get(name)
-    if not fits or not (variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)):
+    if not fits or not _in_factors(getattr(layer, "lora_variant", {}).get(name)):
         return None  # QALoRA, KaSA, ...: PEFT multiplies them out
     return B, A, scaling
 
@@ -323,50 +316,47 @@ def _dora_embedding(layer: Any, adapters: list[str], weight: Tensor) -> WeightUp
 # --- whether it is the same as before -----------------------------------------------------------------------------------
 
 
-def _plain(weight: AdaptedWeight) -> bool:
-    """Whether the factors of a LoRA layer are its parameters themselves, and not made from them."""
-    layer = weight.layer
-    return (
-        _family(type(layer)) == "lora"
-        and "parameter_name" not in layer.__dict__
-        and weight.owner.__dict__.get("groups", 1) == 1
-        and not layer.__dict__.get("lora_variant")
-        and not layer._modules.get("lora_magnitude_vector")
-    )
+_lora_linear: dict[type, bool] = {}  # whether a class is LoRA on linear layers; filled as weights are found
+
+
+def _in_factors(variant: Any) -> bool:
+    """Whether a way to apply LoRA adds its two factors' product."""
+    return variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
+
+
+def _memory(parameter: Tensor | None) -> Any:
+    if type(parameter) is not nn.Parameter:
+        return object()
+    return id(parameter), parameter.data_ptr(), parameter.dtype, parameter.numel()
 
 
 def _key(weight: AdaptedWeight) -> Any:
-    """The key of what is not one plain LoRA adapter: several of them, DoRA, embeddings; of others, equal to nothing."""
+    """The key of any layer: what its update follows from, or, where the update is computed, equal to nothing."""
     layer: Any = weight.layer
+    computed = object()
     if layer.disable_adapters:
-        return "disabled"
-    made_anew = object()
+        return "disabled" if layer._modules["base_layer"] is weight.owner else computed
     names = [name for name in layer.active_adapters if _has(layer, name)]
-    magnitude = getattr(layer, "lora_magnitude_vector", {})
+    if not names:
+        return "no adapter" if layer._modules["base_layer"] is weight.owner else computed
+    magnitude, embedding = getattr(layer, "lora_magnitude_vector", {}), getattr(layer, "lora_embedding_A", {})
     dora = any(name in magnitude for name in names)
-    embedding = getattr(layer, "lora_embedding_A", {})
     if (
         _family(type(layer)) != "lora"
         or layer._modules["base_layer"] is not weight.owner
         or "parameter_name" in layer.__dict__
         or weight.owner.__dict__.get("groups", 1) > 1
         or (dora and (len(names) > 1 or names[0] in embedding))
+        or not all(_in_factors(getattr(layer, "lora_variant", {}).get(name)) for name in names)
     ):
-        return made_anew
+        return computed
     key: list[Any] = []
     for name in names:
-        variant = getattr(layer, "lora_variant", {}).get(name)
-        if not (variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)):
-            return made_anew
-        key += (name, layer.scaling[name])
         if name in embedding:
             parameters = [embedding[name], layer.lora_embedding_B[name]]
         else:
             parameters = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         if name in magnitude:
             parameters.append(magnitude[name].weight)
-        for p in parameters:
-            if type(p) is not nn.Parameter:
-                return made_anew
-            key += (id(p), p.data_ptr(), p.dtype, p.numel())
+        key += (name, layer.scaling[name], *map(_memory, parameters))
     return tuple(key)

@@ -13,7 +13,7 @@ from scipy import stats
 
 for extra in ("peft", "timm", "transformers", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(extra)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 ablation, train, report = (importlib.import_module(name) for name in ("ablation", "ablation_train", "ablation_report"))
 tasks = importlib.import_module("tasks")

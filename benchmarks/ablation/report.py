@@ -1,17 +1,18 @@
-"""Tables and pictures from the results of ``ablation.py``: paired differences, 95 % t-intervals, Holm over each table."""
+"""Tables and pictures from the results: paired differences, 95 % t-intervals, Holm's adjustment over each table."""
 
 import json
-import math
 import os
 import re
 from pathlib import Path
 
 import numpy as np
-from ablation import pairs
-from scipy import stats
 
-LEVEL = 0.95
-COSTS = Path(__file__).parent / "results" / "cost_nvidia-h200.json"
+from flatopt import flatness
+
+from ..statistics import LEVEL, holm, paired
+from .settings import pairs
+
+COSTS = Path(__file__).parents[1] / "results" / "cost_nvidia-h200.json"
 COLUMNS = {  # title -> what is taken from a run's metrics, decimals
     "accuracy, %": (lambda m: m["test_accuracy"], 2),
     "corrupted, %": (lambda m: float(np.mean(m["corrupted_accuracy"])), 2),
@@ -19,24 +20,6 @@ COLUMNS = {  # title -> what is taken from a run's metrics, decimals
     "test loss": (lambda m: m["test_loss"], 3),
     "train loss": (lambda m: m["train_loss"], 3),
 }
-
-
-def paired(differences: np.ndarray) -> "tuple[float, float, float]":
-    """Mean, half-width of its 95 % t-interval, and the two-sided p-value of the paired t-test, over the last axis."""
-    n, mean, spread = len(differences), differences.mean(), differences.std(ddof=1)
-    if spread == 0:
-        return mean, 0.0, 1.0 if mean == 0 else 0.0
-    error = spread / math.sqrt(n)
-    return mean, stats.t.ppf((1 + LEVEL) / 2, n - 1) * error, 2 * stats.t.sf(abs(mean) / error, n - 1)
-
-
-def holm(p_values: "list[float]") -> "list[float]":
-    """p-values adjusted for the family-wise error (Holm, Scandinavian Journal of Statistics 1979)."""
-    order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def paired_runs(store, study: dict, base: dict, seeds: int) -> "list[tuple[str, list[dict], list[dict]]]":
@@ -97,9 +80,9 @@ def pristine_table(rows) -> str:
 
 
 def cost_table(results: dict) -> str:
-    """What a step costs, from the results of ``cost.py``: the runs here share their machine and are too small to tell.
+    """What a step costs, from what ``benchmarks.cost`` measured: runs here share their machine and are too small to tell.
 
-    The device's time is that of ``cost_parts.py``; whole steps wait for the host there.
+    The device's time is that of its ``--parts``; whole steps wait for the host there.
     """
     lines = ["| | " + " | ".join(f"{name}: GPU time of a step | GB" for name in results["models"]) + " |"]
     lines.append("|---" * (1 + 2 * len(results["models"])) + "|")
@@ -114,7 +97,7 @@ def cost_table(results: dict) -> str:
                 ratio, over = rows[method]["parts"]["device_ratio"], rows[method]["peak_gb_over_plain"]
                 cells += [f"{ratio['median']:.3f} ± {ratio['spread']:.3f} ×", f"{over:+.2f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    commands = f"Time and memory on one {results['device']} (`python benchmarks/cost.py`, then `benchmarks/cost_parts.py`; "
+    commands = f"Time and memory on one {results['device']} (`python -m benchmarks.cost`, then the same with `--parts`; "
     spread = "GPU time over plain, median ± half the range between the quartiles; peak memory, over plain"
     return f"{commands}{spread}):\n\n" + "\n".join(lines)
 
@@ -183,8 +166,6 @@ def landscape_table(rows) -> str:
 
 def landscape_pictures(folder: Path, by_task: dict) -> "list[str]":
     """Curves, the mean over seeds, and the surfaces of seed 0, in the manner of the paper's Figure 6."""
-    from flatopt import flatness
-
     names = []
     for task, rows in by_task.items():
         curves, surfaces = {}, {}
@@ -228,7 +209,7 @@ def section(folder: Path, name: str, study: dict, by_task: dict, also: dict, whe
     else:
         differences_picture(folder / pictures[0], study["title"], by_task)
     make_table = {"severity": severity_table, "landscape": landscape_table}.get(by, table)
-    parts = [f"## {study['title']}", study["question"], f"`python benchmarks/ablation.py {name}`"]
+    parts = [f"## {study['title']}", study["question"], f"`python -m benchmarks.ablation {name}`"]
     for task, rows in by_task.items():
         parts += [f"**{task}**, {seeds} paired seeds, {where[task]}", make_table(rows)]
         if also:
@@ -259,7 +240,7 @@ def head(stores: dict) -> str:
     lines = [
         "# Ablations",
         "",
-        "Written by `python benchmarks/ablation.py --report` from the `ablation_*.json` beside it. Mean over paired seeds "
+        "Written by `python -m benchmarks.ablation --report` from the `ablation_*.json` beside it. Mean over paired seeds "
         "of the reference, and Δ = row - reference, ± the half-width of its 95 % t-interval (not adjusted). \\*: p < .05 "
         "after Holm's adjustment over the rows of that table, per column.",
         "",

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import batch, bits, changed, frozen, lora_mlp, trainable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

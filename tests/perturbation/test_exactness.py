@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import batch, bits, changed, frozen, lora_mlp, trainable
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed.fsdp
-from conftest import batch, frozen, lora_mlp, trainable
+from helpers import batch, frozen, lora_mlp, trainable
 from torch import distributed as dist
 from torch import nn
 

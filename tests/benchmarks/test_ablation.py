@@ -1,10 +1,7 @@
 """The ablation benchmark: statistics against SciPy, what a run is, and the whole of it, small, twice."""
 
-import importlib
 import json
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +10,12 @@ from scipy import stats
 
 for extra in ("peft", "timm", "transformers", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(extra)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-ablation, train, report = (importlib.import_module(name) for name in ("ablation", "ablation_train", "ablation_report"))
-tasks = importlib.import_module("tasks")
-text = importlib.import_module("tasks.text")
+
+from benchmarks import statistics, tasks  # noqa: E402  after the skips
+from benchmarks.ablation import __main__ as ablation  # noqa: E402
+from benchmarks.ablation import report, settings, train  # noqa: E402
+from benchmarks.ablation.store import Store  # noqa: E402
+from benchmarks.tasks import text  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +35,17 @@ def passages(cache):
 
 def test_paired_differences_are_scipys_t_test():
     gaps = np.random.default_rng(0).normal(0.4, 1, 10)
-    mean, half, p = report.paired(gaps)
+    mean, half, p = statistics.paired(gaps)
     expected = stats.ttest_1samp(gaps, 0)
     interval = expected.confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
     assert p == pytest.approx(expected.pvalue)
-    assert report.paired(np.zeros(5)) == (0, 0, 1)
+    assert statistics.paired(np.zeros(5)) == (0, 0, 1)
 
 
 def test_holm_by_hand():
     # sorted .01 .02 .03 .5: times 4, 3, 2, 1, and never below the one before
-    assert report.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert statistics.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
 
 
 def test_settings_that_an_objective_does_not_read_do_not_make_another_run():
@@ -60,23 +58,23 @@ def test_settings_that_an_objective_does_not_read_do_not_make_another_run():
 
 
 def test_every_study_reads_and_each_row_differs_from_its_reference_in_the_objective_alone():
-    base, tuned = ablation.read_base(False), {"sigma": 0.3, "lr": dict.fromkeys(train.ADAPTERS, 0.01)}
-    studies = ablation.read_studies([])
+    base, tuned = settings.read_base(False), {"sigma": 0.3, "lr": dict.fromkeys(train.ADAPTERS, 0.01)}
+    studies = settings.read_studies([])
     assert [study["title"][:3] for study in studies.values()] == [f"({letter})" for letter in "abcdefghijk"]
     of_objectives = {key for keys in train.OBJECTIVES.values() for key in keys} | {"objective"}
     for study in studies.values():
-        for _, config, reference in ablation.pairs(study, base["digits"], tuned):
+        for _, config, reference in settings.pairs(study, base["digits"], tuned):
             differing = {key for key in {*config, *reference} if config.get(key) != reference.get(key)}
             assert "objective" in differing <= of_objectives
             assert reference["objective"] == "plain"
     assert not set(base["tuning"]["seeds"]) & set(range(100))
     with pytest.raises(SystemExit, match="no study nothing"):
-        ablation.read_studies(["nothing"])
+        settings.read_studies(["nothing"])
 
 
 def test_relative_settings():
     base, tuned = {"steps": 100, "labels": 40}, {"sigma": 0.4, "lr": {"lora": 0.01}}
-    config = ablation.settings(
+    config = settings.settings(
         base, tuned, {"objective": "flat", "sigma_times": 0.5, "labels_times": 0.25, "steps_times": 3}
     )
     assert (config["sigma"], config["labels"], config["steps"]) == (0.2, 10, 300)
@@ -214,7 +212,7 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "run", not_again)
     ablation.main(arguments)
-    known = {ablation.Store.key(r["config"], r["seed"]): r["metrics"] for r in stored["digits"]["runs"]}
+    known = {Store.key(r["config"], r["seed"]): r["metrics"] for r in stored["digits"]["runs"]}
     lost = next(r for r in stored["digits"]["runs"] if r["seed"] == 0)
     stored["digits"]["runs"].remove(lost)
     (tmp_path / "ablation_digits.json").write_text(json.dumps(stored["digits"]))
@@ -222,7 +220,7 @@ def test_the_benchmark_runs_resumes_and_reports(cache, tmp_path, monkeypatch):
 
     def remember(task, config, seed):
         again.append((config, seed))
-        return known[ablation.Store.key(config, seed)]
+        return known[Store.key(config, seed)]
 
     monkeypatch.setattr(train, "run", remember)
     ablation.main(arguments)

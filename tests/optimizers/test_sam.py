@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import numpy
 import pytest
 import torch
-from conftest import batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import batch, bits, changed, frozen, lora_mlp, trainable
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy

@@ -5,7 +5,7 @@ import re
 import peft
 import pytest
 import torch
-from conftest import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

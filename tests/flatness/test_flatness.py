@@ -8,7 +8,7 @@ import sys
 import numpy
 import pytest
 import torch
-from conftest import Mlp, batch, bits, lora_mlp, trainable
+from helpers import Mlp, batch, bits, lora_mlp, trainable
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import batch, changed, frozen, lora_mlp, trainable
+from helpers import batch, changed, frozen, lora_mlp, trainable
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer

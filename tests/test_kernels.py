@@ -9,13 +9,13 @@ import weakref
 import pytest
 import torch
 from conftest import bits, lora_mlp
-from torch import nn
-
-from flatopt import FlatPerturbOptimizer, noise, restore
 from flatopt.draw import Draw
 from flatopt.reference import standard_deviation
 from flatopt.reversible import grid, toggle_
 from flatopt.scale import fill_std
+from torch import nn
+
+from flatopt import FlatPerturbOptimizer, noise, restore
 
 pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")
 

@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
+from flatopt.draw import Draw
+from flatopt.scale import fill_std
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer, noise, reference, reversible
-from flatopt.draw import Draw
-from flatopt.scale import fill_std
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEPS, SIGMA, SEED = 120, 0.1, 11

@@ -22,7 +22,9 @@ class Point:
     Lists of tensors run over the weights, shaped like them, in float32 (float64 for float64 weights).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"):
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"
+    ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
         self.weights = weights
         self._clean = [w.detach().clone() for w in weights]

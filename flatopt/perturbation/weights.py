@@ -381,7 +381,9 @@ def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":
         return None  # a tensor that is elsewhere (meta, fake, packed): it shares memory with nothing here
 
 
-def _overlap(mine: "list[tuple[int, int, AdaptedWeight]]", others: "list[tuple[int, int, AdaptedWeight]]") -> "AdaptedWeight | None":
+def _overlap(
+    mine: "list[tuple[int, int, AdaptedWeight]]", others: "list[tuple[int, int, AdaptedWeight]]"
+) -> "AdaptedWeight | None":
     """A weight of ``mine`` that shares memory with one of ``others``."""
     others = sorted(others, key=lambda extent: extent[0])
     starts = [start for start, _, _ in others]

@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
-    monkeypatch.setattr("flatopt.delta._REGISTRY", {})
+    monkeypatch.setattr("flatopt.adapters.custom._registered", {})
 
 
 class Own(nn.Module):

@@ -46,6 +46,7 @@ def guard(methods: Iterable[tuple[type, str]], before: Before) -> Callable[[], N
                 if not users:
                     _remove(key)
             keys.clear()
+            box.clear()
 
     return release
 
@@ -86,7 +87,7 @@ def _guarded(key: tuple[type, str], method: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(method)
     def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        users = [box[0] for box in _users.get(key, ())]
+        users = [before for box in _users.get(key, ()) for before in box]
         if not users or (name == "train" and _changes_nothing(self, *args, **kwargs)):
             return method(self, *args, **kwargs)
         if not (name in MERGING and _in_own_forward(self)):

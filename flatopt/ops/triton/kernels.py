@@ -433,26 +433,31 @@ def move(
                     left_total, _join(tl.where(here, low, 0), tl.where(both, high, 0), DTYPE), DTYPE, HALVINGS
                 )
 
-    if stage != REVERT:
-        found, written = _sums(found_total, LANES), _sums(left_total, LANES)
-        clean_at = sums + number * 2 * ROWS + tl.arange(0, ROWS)
-        clean = tl.load(clean_at, mask=inside, other=0)
-        perturbed = tl.load(clean_at + ROWS, mask=inside, other=0)
-        other = tl.max((inside & (found != perturbed)).to(tl.int32), 0)  # than perturb left
-        unclean = tl.max((inside & (found != clean)).to(tl.int32), 0)
-        lost = tl.max((inside & (written != clean)).to(tl.int32), 0)
-        if stage == RESTORE:
-            if HOW != READ:
-                tl.store(again + number, other)
-            mark = tl.load(layer + MARK)
-            bad = other & unclean
-            if HOW == TOGGLE:
-                bad = bad | ((1 - other) & lost)
-            if (bad != 0) & (mark >= 0):
-                tl.store(marks + mark, 1)
-        else:
-            repeated = (stage == RESUME) & (other == 0) & (unclean != 0)
-            tl.store(again + number, repeated.to(tl.int32))
-            if not repeated:
-                tl.store(clean_at, found, mask=inside)
-                tl.store(clean_at + ROWS, written, mask=inside)
+    found, written = _sums(found_total, LANES), _sums(left_total, LANES)
+    clean_at = sums + number * 2 * ROWS + tl.arange(0, ROWS)
+    perturbed_at = clean_at + ROWS
+    clean, perturbed = tl.load(clean_at, mask=inside, other=0), tl.load(perturbed_at, mask=inside, other=0)
+    other = tl.max((inside & (found != perturbed)).to(tl.int32), 0)  # than perturb left
+    unclean = tl.max((inside & (found != clean)).to(tl.int32), 0)
+    lost = tl.max((inside & (written != clean)).to(tl.int32), 0)
+    if stage <= RESUME:
+        repeated = (stage == RESUME) & (other == 0) & (unclean != 0)
+        tl.store(again + number, repeated.to(tl.int32))
+        if not repeated:
+            tl.store(clean_at, found, mask=inside)
+            tl.store(perturbed_at, written, mask=inside)
+    elif stage == RESTORE:
+        mark, bad = tl.load(layer + MARK), other & unclean
+        if HOW == TOGGLE:
+            bad = bad | ((1 - other) & lost)
+        if HOW != READ:
+            tl.store(again + number, other)
+        if HOW == SUBTRACT:  # noqa: SIM102
+            if other == 0:  # it drifts, and what it drifted to counts as clean
+                tl.store(clean_at, written, mask=inside)
+        if (bad != 0) & (mark >= 0):
+            tl.store(marks + mark, 1)
+    elif HOW == ADD:
+        tl.store(clean_at, written, mask=inside)
+    elif HOW == SUBTRACT:
+        tl.store(perturbed_at, written, mask=inside)

@@ -352,12 +352,14 @@ def _add_up(total, word, DTYPE: tl.constexpr, HALVINGS: tl.constexpr):
     """
     if HALVINGS == 0:
         return _plus(total, word, DTYPE)
-    even, odd = _halves(word)
-    if HALVINGS == 1:
+    elif HALVINGS == 1:
+        even, odd = _halves(word)
         return _plus(_plus(total, even, DTYPE), odd, DTYPE)
-    first, third = _halves(even)
-    second, fourth = _halves(odd)
-    return _plus(_plus(_plus(_plus(total, first, DTYPE), second, DTYPE), third, DTYPE), fourth, DTYPE)
+    else:
+        even, odd = _halves(word)
+        first, third = _halves(even)
+        second, fourth = _halves(odd)
+        return _plus(_plus(_plus(_plus(total, first, DTYPE), second, DTYPE), third, DTYPE), fourth, DTYPE)
 
 
 @triton.jit

@@ -1,0 +1,81 @@
+"""Quantised base weights: which format a layer keeps its weight in, and how to read it as numbers.
+
+None of the libraries is imported before a weight of theirs is there to be read.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PACKED = ("W_q", "qweight")  # what layers without a ``weight`` call theirs: HQQ; GPTQ, AWQ and others
+FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
+
+
+class Format(NamedTuple):
+    """How a layer keeps its weight W.
+
+    ``name``: as errors name it. ``dequantize(layer, weight)``: W as an ``(out, in)`` matrix of new memory; None where
+    flatopt knows no way. ``quantizes_inputs``: the layer rounds its inputs too, so that its output is not x Wᵀ.
+    """
+
+    name: str
+    dequantize: Callable[[Any, Tensor], Tensor] | None
+    quantizes_inputs: bool = False
+
+
+def packed_name(layer: nn.Module) -> "str | None":
+    """The attribute that holds a layer's weight: ``"weight"``, or what packed formats call it; None if there is none."""
+    return next((name for name in ("weight", *PACKED) if isinstance(getattr(layer, name, None), Tensor)), None)
+
+
+def format_of(layer: nn.Module, name: str) -> "Format | None":
+    """The quantised format of ``layer.name``; None for a plain floating-point weight."""
+    weight = getattr(layer, name)
+    kind = type(weight)
+    if kind.__name__ == "Params4bit":
+        return Format(f"bitsandbytes {weight.quant_type}", _bitsandbytes_4bit)
+    if kind.__name__ == "Int8Params" and not weight.has_fp16_weights:
+        return Format("bitsandbytes int8", _bitsandbytes_int8, quantizes_inputs=True)
+    if name == "W_q":
+        return Format("HQQ", lambda layer, weight: layer.dequantize())
+    for library, shown in (("torchao.", "torchao"), ("optimum.quanto.", "quanto")):
+        if kind.__module__.startswith(library):
+            names = ("act_quant_kwargs", "activation_quantization", "activation_qtype")
+            inputs = next((i for holder in (weight, layer) for n in names if (i := getattr(holder, n, None)) is not None), None)
+            read = (lambda layer, weight: weight.dequantize()) if hasattr(kind, "dequantize") else None
+            return Format(f"{shown} {kind.__name__}", read, quantizes_inputs=inputs is not None)
+    if weight.dtype in FLOAT8 and isinstance(getattr(layer, "weight_scale_inv", None), Tensor):
+        return Format("fp8", _scaled_blocks, quantizes_inputs=True)
+    if name in PACKED or weight.dtype in FLOAT8 or not weight.dtype.is_floating_point:
+        return Format(f"{type(layer).__name__} ({str(weight.dtype).removeprefix('torch.')})", None)
+    return None
+
+
+def _bitsandbytes_4bit(layer: nn.Module, weight: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    if state is None:
+        raise ValueError("bitsandbytes quantises when the layer is moved to its device: call model.to(device) first")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("bitsandbytes has repacked it for inference on this CPU and cannot train it any more: reload the model")
+    return dequantize_4bit(weight.data.view(-1, 1), state)
+
+
+def _bitsandbytes_int8(layer: Any, weight: Any) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    scale = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
+    if scale is None:
+        raise ValueError("bitsandbytes quantises when the layer is moved to its device: call model.to(device) first")
+    return int8_vectorwise_dequant(weight.data, scale)
+
+
+def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:
+    scale = layer.weight_scale_inv.detach().float()
+    if scale.dim() == 2:
+        (m, n), (down, right) = weight.shape, layer.block_size
+        scale = scale.repeat_interleave(down, 0)[:m].repeat_interleave(right, 1)[:, :n]
+    return weight.detach().float() * scale

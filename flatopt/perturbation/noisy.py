@@ -1,0 +1,280 @@
+r"""Layers that compute with W + ε for one call and leave W as it is: y = x (W + ε)ᵀ + b.
+
+ε follows from a key and the row stds, W from how the layer keeps it. Both are made again in backward, so that nothing of
+W's size lives between forward and backward. The key and the stds are tensors, saved for backward: who changes them while a
+graph needs them gets autograd's error, and torch.compile takes new ones without compiling again.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import noise
+from ..adapters.quantized import Format
+from ..core.weight import AdaptedWeight, memory_order
+from ..reversible import chunks
+from ..scratch import Scratch
+
+# --- W + ε ----------------------------------------------------------------------------------------------------------------
+
+
+def row_keys(key: Tensor, rows: Tensor) -> "tuple[Tensor, Tensor]":
+    """:func:`flatopt.noise.row_keys` of the rows numbered ``rows``, int32 ``(k,)``, where the key is an int32 tensor."""
+    first = noise._mix_(rows.unsqueeze(1).mul(noise._int32(noise.GOLDEN)).add_(key[0]))
+    return first, noise._mix_(first.bitwise_xor(key[1]))
+
+
+def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: "Tensor | None" = None) -> Tensor:
+    """``rows`` + std × normals, in place; as ``restore="copy"`` adds it, bit for bit.
+
+    ``std``: float32 ``(m, 1)`` or ``(1, 1)``; with ``relative``, in units of each element's absolute value. ``numbers``: which
+    rows of the weight these are, int32 ``(m,)``; all of them by default.
+    """
+    (m, n), device = rows.shape, rows.device
+    work = torch.promote_types(rows.dtype, torch.float32)
+    if numbers is None:
+        numbers = torch.arange(m, dtype=torch.int32, device=device)
+    keys = row_keys(key, numbers)
+    scratch, std = Scratch(), std.expand(m, 1)
+    for here in chunks(m, n, device):
+        top, left = here
+        part = rows[here]
+        w = scratch("w", part.shape, work, device).copy_(part)
+        z = noise.normals((keys[0][top], keys[1][top]), left.start, w.shape[1], scratch).to(work)
+        part.copy_(w.add_(z.mul_(w.abs().mul_(std[top]) if relative else std[top])))
+    return rows
+
+
+# To torch.compile, adding ε is one opaque operation. There are two of them, as it makes equal operations once and keeps the
+# result: backward's depends on the incoming gradient, or W + ε would live from forward to backward.
+
+
+@torch.library.custom_op("flatopt::add_noise", mutates_args=())
+def _compiled_forward(rows: Tensor, std: Tensor, key: Tensor, relative: bool) -> Tensor:
+    return add_noise_(rows.clone(memory_format=torch.contiguous_format), std, key, relative)
+
+
+@torch.library.custom_op("flatopt::add_noise_in_backward", mutates_args=())
+def _compiled_backward(rows: Tensor, std: Tensor, key: Tensor, relative: bool, gradient: Tensor) -> Tensor:
+    return add_noise_(rows.clone(memory_format=torch.contiguous_format), std, key, relative)
+
+
+@_compiled_forward.register_fake
+def _(rows: Tensor, std: Tensor, key: Tensor, relative: bool) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+@_compiled_backward.register_fake
+def _(rows: Tensor, std: Tensor, key: Tensor, relative: bool, gradient: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+class NoisyWeight:
+    """How the weight of one layer is made noisy: which layer, how it keeps the weight, and the present noise.
+
+    ``std``, ``key``: as in :func:`add_noise_`; filled anew each step, in place. ``relative``: noise="element".
+    """
+
+    def __init__(self, weight: AdaptedWeight, form: "Format | None", std: Tensor, key: Tensor, relative: bool):
+        self.owner, self.name, self.layout, self.format = weight.owner, weight.name, weight.layout, form
+        self.std, self.key, self.relative = std, key, relative
+
+    def clean_rows(self, weight: Tensor) -> Tensor:
+        """W as a matrix, rows = outputs: a view of a plain weight, new memory where it is dequantised."""
+        if self.format is not None:
+            assert self.format.dequantize is not None
+            return self.format.dequantize(self.owner, weight)
+        weight = weight.detach()
+        if weight.dim() > 2:
+            weight = weight.permute(memory_order(weight)).flatten(1)
+        return weight.t() if self.layout == "columns" else weight
+
+    def noisy_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
+        """W + ε as a matrix of type ``dtype``, rounded first to the type that W has. ``gradient``: given in backward."""
+        rows = self.clean_rows(weight)
+        if torch.compiler.is_compiling():
+            if gradient is None:
+                rows = _compiled_forward(rows, std, key, self.relative)
+            else:
+                rows = _compiled_backward(rows, std, key, self.relative, gradient)
+        else:
+            rows = rows.clone() if self.format is None else rows
+            add_noise_(rows, std, key, self.relative)
+        return rows.to(dtype)
+
+    def noise_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
+        """ε alone, for a layer whose output is not just x Wᵀ."""
+        zero = std.new_zeros((self.owner.out_features, self.owner.in_features), dtype=dtype)
+        if torch.compiler.is_compiling():
+            if gradient is None:
+                return _compiled_forward(zero, std, key, False)
+            return _compiled_backward(zero, std, key, False, gradient)
+        return add_noise_(zero, std, key, False)
+
+
+# --- y = x (W + ε)ᵀ + b ---------------------------------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable) -> Tensor:
+        ctx.save_for_backward(weight, std, key)
+        ctx.make, ctx.bias_shape = make, None if bias is None else bias.shape
+        return F.linear(x, make(weight, std, key, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> "tuple[Tensor | None, ...]":
+        x_gradient = b_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = gradient.matmul(ctx.make(*ctx.saved_tensors, gradient.dtype, gradient))
+        if ctx.needs_input_grad[2]:
+            b_gradient = gradient.flatten(0, -2).sum(0)
+        return x_gradient, None, b_gradient, None, None, None
+
+
+_CONV_INPUT = {3: torch.nn.grad.conv1d_input, 4: torch.nn.grad.conv2d_input, 5: torch.nn.grad.conv3d_input}
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable, geometry: tuple
+    ) -> Tensor:
+        ctx.save_for_backward(weight, std, key)
+        ctx.make, ctx.geometry, ctx.x_shape = make, geometry, x.shape
+        return _CONV[x.dim()](x, make(weight, std, key, x.dtype), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> "tuple[Tensor | None, ...]":
+        x_gradient = b_gradient = None
+        if ctx.needs_input_grad[0]:
+            noisy = ctx.make(*ctx.saved_tensors, gradient.dtype, gradient)
+            x_gradient = _CONV_INPUT[gradient.dim()](ctx.x_shape, noisy, gradient, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            b_gradient = gradient.transpose(0, 1).flatten(1).sum(1)
+        return x_gradient, None, b_gradient, None, None, None, None
+
+
+def _compute_type(layer: Any, x: Tensor) -> torch.dtype:
+    """What the layer itself would compute in: bitsandbytes and HQQ have a type of their own, others follow autocast."""
+    own = getattr(layer, "compute_dtype", None)
+    if own is not None:
+        return own
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def linear(noisy: NoisyWeight, x: Tensor) -> Tensor:
+    """The output of a linear layer at W + ε."""
+    layer, dtype = noisy.owner, _compute_type(noisy.owner, x)
+    weight, bias = getattr(layer, noisy.name), layer.bias
+    bias = bias if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _Linear.apply(x.to(dtype), weight, bias, noisy.std, noisy.key, noisy.noisy_rows)
+    return y.to(x.dtype) if getattr(layer, "compute_dtype", None) is not None else y
+
+
+def add_linear_noise(noisy: NoisyWeight, x: Tensor, y: Tensor) -> Tensor:
+    """``y``, the layer's own output, + x εᵀ."""
+    weight = getattr(noisy.owner, noisy.name)
+    with torch.autocast(x.device.type, enabled=False):
+        return y + _Linear.apply(x.to(y.dtype), weight, None, noisy.std, noisy.key, noisy.noise_rows)
+
+
+def conv(noisy: NoisyWeight, x: Tensor) -> Tensor:
+    """The output of nn.Conv1d, 2d or 3d at W + ε."""
+    layer, dtype = noisy.owner, _compute_type(noisy.owner, x)
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * (layer.weight.dim() - 2)
+    unbatched = x.dim() < layer.weight.dim()
+    x = x.unsqueeze(0) if unbatched else x
+    order = memory_order(layer.weight)
+
+    def make(weight: Tensor, *noise_and_type: Any) -> Tensor:
+        rows = noisy.noisy_rows(weight, *noise_and_type)
+        return rows.view([weight.shape[d] for d in order]).permute(sorted(range(len(order)), key=order.__getitem__))
+
+    bias = layer.bias if layer.bias is None else layer.bias.to(dtype)
+    geometry = layer.stride, padding, layer.dilation, layer.groups
+    with torch.autocast(x.device.type, enabled=False):
+        y = _Conv.apply(x.to(dtype), layer.weight, bias, noisy.std, noisy.key, make, geometry)
+    return y.squeeze(0) if unbatched else y
+
+
+def embedding(noisy: NoisyWeight, tokens: Tensor) -> Tensor:
+    """The output of nn.Embedding at W + ε: noise for the rows that are looked up."""
+    rows = F.embedding(tokens, noisy.owner.weight.detach()).flatten(0, -2)
+    numbers = tokens.flatten()
+    std = noisy.std if len(noisy.std) == 1 else noisy.std[numbers]
+    noisy_rows = _embedding_op(rows, std, noisy.key, noisy.relative, numbers.int())
+    return noisy_rows.view(*tokens.shape, -1)
+
+
+@torch.library.custom_op("flatopt::add_noise_to_rows", mutates_args=())
+def _embedding_op(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: Tensor) -> Tensor:
+    return add_noise_(rows.clone(), std, key, relative, numbers)
+
+
+@_embedding_op.register_fake
+def _(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+# --- the layer's forward --------------------------------------------------------------------------------------------------
+
+
+class NoisyForward:
+    """Stands in a layer's instance dictionary for its ``forward``; while ``on``, the layer computes with W + ε.
+
+    Copies and pickles of the layer get their class's own forward: they are not being trained.
+    """
+
+    def __init__(self, noisy: NoisyWeight, compute: "Callable[[NoisyWeight, Tensor], Tensor] | None"):
+        self.noisy, self.compute, self.on = noisy, compute, False
+        attributes = noisy.owner.__dict__
+        # accelerate's hooks wrap what is called _old_forward, and are to go on around the noisy forward too
+        self.slot = "_old_forward" if "_old_forward" in attributes else "forward"
+        self.replaced = attributes.get(self.slot)
+        attributes[self.slot] = self
+
+    def clean(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        layer = self.noisy.owner
+        return type(layer).forward(layer, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on:
+            return self.clean(*args, **kwargs)
+        if self.compute is None:
+            return add_linear_noise(self.noisy, args[0], self.clean(*args, **kwargs))
+        return self.compute(self.noisy, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the layer its own forward back; stays, and does nothing, where somebody wrapped it meanwhile."""
+        self.on = False
+        attributes = self.noisy.owner.__dict__
+        if attributes.get(self.slot) is self:
+            if self.replaced is None:
+                del attributes[self.slot]
+            else:
+                attributes[self.slot] = self.replaced
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if self.replaced is not None:
+            return copy.deepcopy(self.replaced, memo)
+        layer = copy.deepcopy(self.noisy.owner, memo)  # known to memo already where this is part of it
+        return type(layer).forward.__get__(layer)
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self.noisy.owner, "forward")) if self.replaced is None else (_itself, (self.replaced,))
+
+
+def _itself(thing: Any) -> Any:
+    return thing

@@ -53,6 +53,14 @@ def format_of(layer: nn.Module, name: str) -> "Format | None":
     return None
 
 
+def shape_of(layer: Any, name: str) -> "tuple[int, int] | None":
+    """(out, in) of a quantised weight, whatever shape it is packed in; None where the layer does not tell."""
+    if name == "W_q":
+        return tuple(layer.meta["shape"])
+    m, n = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    return None if m is None or n is None else (m, n)
+
+
 def _bitsandbytes_4bit(layer: nn.Module, weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 

@@ -5,13 +5,13 @@ dequantise, or the layer rounds its inputs too, :math:`y = \text{layer}(x) + x\,
 layers' noise on; to restore, off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.quantized import Format, format_of
+from ..adapters.quantized import Format, format_of, shape_of
 from ..core.sharding import is_sharded
 from ..core.weight import AdaptedWeight, WeightUpdate, WeightView
 from ..noise import signed, sub_key
@@ -38,7 +38,7 @@ def unsupported_reason(weight: AdaptedWeight, noise: str) -> "str | None":
         return f'it is sharded, and restore="forward" needs the whole weight: {instead}'
     if weight.rebuilt or weight.layout == "experts" or hasattr(layer, "parameter_name"):
         return f"{type(layer).__name__} reads it without calling {type(owner).__name__}.forward: {instead}"
-    if _computation(owner, form) is None and not _is_linear(owner, form):
+    if _computation(owner, form) is None and shape_of(owner, weight.name) is None:
         return f"flatopt does not know what {type(owner).__name__}.forward does with it: {instead}"
     if noise == "element" and _adds(form):
         return f'noise="element" follows |W|, which a {form.name if form else ""} layer does not tell: use noise="filter"'
@@ -72,10 +72,6 @@ def _adds(form: "Format | None") -> bool:
     return form is not None and (form.dequantize is None or form.quantizes_inputs)
 
 
-def _is_linear(owner: nn.Module, form: "Format | None") -> bool:
-    return form is not None and hasattr(owner, "in_features") and hasattr(owner, "out_features")
-
-
 class ForwardPlan:
     """All weights of one group that get their noise in the forward; the same interface as the plans that write W.
 
@@ -96,27 +92,14 @@ class ForwardPlan:
         self._layers: list[noisy.NoisyForward] = []
         self._keys: dict[torch.device, Tensor] = {}
         self._key: tuple[int, int] | None = None
-        try:
-            for view in self.views:
-                self._install(view)
-        except BaseException:
-            self.release()
-            raise
-
-    def _install(self, view: WeightView) -> None:
-        weight = view.weight
-        form = format_of(weight.owner, weight.name)
-        device = weight.parameter.device
-        if device not in self._keys:
-            self._keys[device] = torch.zeros(len(self.views), 2, dtype=torch.int32, device=device)
-        if form is not None and hasattr(weight.owner, "out_features"):
-            rows = weight.owner.out_features
-        else:
-            rows = weight.rows(weight.parameter).shape[0] if form is None else len(form.dequantize(weight.owner, weight.parameter))
-        std = torch.zeros(rows if self.noise == "filter" else 1, 1, device=device)
-        key = self._keys[device][len(self._layers)]
-        noise = noisy.NoisyWeight(weight, form, std, key, relative=self.noise == "element")
-        self._layers.append(noisy.NoisyForward(noise, _computation(weight.owner, form)))
+        for number, view in enumerate(self.views):
+            owner, name = view.weight.owner, view.weight.name
+            form, device = format_of(owner, name), view.weight.parameter.device
+            keys = self._keys.setdefault(device, torch.zeros(len(self.views), 2, dtype=torch.int32, device=device))
+            rows = view.weight.rows(view.weight.parameter).shape[0] if form is None else shape_of(owner, name)[0]
+            std = torch.zeros(rows if noise == "filter" else 1, 1, device=device)
+            weight = noisy.NoisyWeight(view.weight, form, std, keys[number], relative=noise == "element")
+            self._layers.append(noisy.noisy_forward(weight, _computation(owner, form)))
 
     @torch.no_grad()
     def fill_std(self, sigma: float) -> None:
@@ -172,10 +155,13 @@ class ForwardPlan:
         return []
 
     def release(self) -> None:
-        """Give every layer its own forward back."""
-        for layer in self._layers:
-            layer.remove()
-        self._layers = []
+        """Nothing to drop: a plan holds no weight's memory."""
+
+
+def detach(weights: "Iterable[AdaptedWeight]") -> None:
+    """Give the layers of ``weights`` their own forward back: no optimizer perturbs them any more."""
+    for weight in weights:
+        noisy.remove(weight.owner)
 
 
 # --- row norms of the merged weight ---------------------------------------------------------------------------------------
@@ -185,10 +171,9 @@ def _square_sums(view: WeightView, layer: "noisy.NoisyForward") -> "tuple[Tensor
     """Per row of the merged weight the sum of squares, float32 ``(m,)``; and its fan-in."""
     form, weight = layer.noisy.format, view.weight
     if form is not None and form.dequantize is None:
-        fan_in = weight.owner.in_features
-        return _square_sums_by_forward(view, layer), fan_in
+        return _square_sums_by_forward(view, layer), shape_of(weight.owner, weight.name)[1]
     if view.update.row_norm is not None and form is not None:
-        return view.update.row_norm.detach().float().square(), weight.owner.in_features
+        return view.update.row_norm.detach().float().square(), shape_of(weight.owner, weight.name)[1]
 
     def of_weight(rows: Tensor) -> Tensor:
         if view.square_sums is None:
@@ -214,7 +199,7 @@ def _answer(layer: "noisy.NoisyForward", x: Tensor) -> Tensor:
 
 def _square_sums_by_forward(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
     """The same where only the layer itself can multiply with W: W Aᵀ is its answer to A, W that to the identity."""
-    update, fan_in = view.update, view.weight.owner.in_features
+    update, fan_in = view.update, shape_of(view.weight.owner, view.weight.name)[1]
     if update.row_norm is not None:
         return update.row_norm.detach().float().square()
     like = _input_like(view, update)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import noise
 from ..adapters.quantized import Format
@@ -236,18 +236,15 @@ class NoisyForward:
     Copies and pickles of the layer get their class's own forward: they are not being trained.
     """
 
-    def __init__(self, noisy: NoisyWeight, compute: "Callable[[NoisyWeight, Tensor], Tensor] | None"):
-        self.noisy, self.compute, self.on = noisy, compute, False
-        attributes = noisy.owner.__dict__
-        # accelerate's hooks wrap what is called _old_forward, and are to go on around the noisy forward too
-        self.slot = "_old_forward" if "_old_forward" in attributes else "forward"
-        self.replaced = attributes.get(self.slot)
-        attributes[self.slot] = self
+    def __init__(self, layer: nn.Module, slot: str):
+        self.layer, self.slot, self.replaced = layer, slot, layer.__dict__.get(slot)
+        self.on = False
+        self.noisy: NoisyWeight
+        self.compute: Callable[[NoisyWeight, Tensor], Tensor] | None = None
 
     def clean(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
-        layer = self.noisy.owner
-        return type(layer).forward(layer, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
+        return type(self.layer).forward(self.layer, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on:
@@ -256,25 +253,43 @@ class NoisyForward:
             return add_linear_noise(self.noisy, args[0], self.clean(*args, **kwargs))
         return self.compute(self.noisy, *args, **kwargs)
 
-    def remove(self) -> None:
-        """Give the layer its own forward back; stays, and does nothing, where somebody wrapped it meanwhile."""
-        self.on = False
-        attributes = self.noisy.owner.__dict__
-        if attributes.get(self.slot) is self:
-            if self.replaced is None:
-                del attributes[self.slot]
-            else:
-                attributes[self.slot] = self.replaced
-
     def __deepcopy__(self, memo: dict) -> Any:
         if self.replaced is not None:
             return copy.deepcopy(self.replaced, memo)
-        layer = copy.deepcopy(self.noisy.owner, memo)  # known to memo already where this is part of it
+        layer = copy.deepcopy(self.layer, memo)  # known to memo already where this is part of it
         return type(layer).forward.__get__(layer)
 
     def __reduce__(self) -> Any:
-        return (getattr, (self.noisy.owner, "forward")) if self.replaced is None else (_itself, (self.replaced,))
+        return (getattr, (self.layer, "forward")) if self.replaced is None else (_itself, (self.replaced,))
 
 
 def _itself(thing: Any) -> Any:
     return thing
+
+
+# accelerate's hooks wrap what they call _old_forward, and are to go on around the noisy forward
+SLOTS = ("_old_forward", "forward")
+
+
+def noisy_forward(weight: NoisyWeight, compute: "Callable[[NoisyWeight, Tensor], Tensor] | None") -> NoisyForward:
+    """The :class:`NoisyForward` of the weight's layer, put there if need be. ``compute``: its output at W + ε; None: x εᵀ is
+    added to its own output."""
+    attributes = weight.owner.__dict__
+    forward = next((attributes[slot] for slot in SLOTS if isinstance(attributes.get(slot), NoisyForward)), None)
+    if forward is None:
+        forward = NoisyForward(weight.owner, next(slot for slot in SLOTS if slot in attributes or slot == "forward"))
+        attributes[forward.slot] = forward
+    forward.noisy, forward.compute = weight, compute
+    return forward
+
+
+def remove(layer: nn.Module) -> None:
+    """Give a layer its own forward back. One that somebody wrapped meanwhile stays, switched off."""
+    for slot in SLOTS:
+        forward = layer.__dict__.get(slot)
+        if isinstance(forward, NoisyForward):
+            forward.on = False
+            if forward.replaced is None:
+                del layer.__dict__[slot]
+            else:
+                layer.__dict__[slot] = forward.replaced

@@ -87,3 +87,11 @@ def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:
         (m, n), (down, right) = weight.shape, layer.block_size
         scale = scale.repeat_interleave(down, 0)[:m].repeat_interleave(right, 1)[:, :n]
     return weight.detach().float() * scale
+
+
+def data_ptr(weight: Tensor) -> int:
+    """Where a weight's memory begins. torchao's and quanto's tensors, which wrap others, say 0 themselves."""
+    if hasattr(weight, "__tensor_flatten__"):
+        names, _ = weight.__tensor_flatten__()
+        return data_ptr(getattr(weight, names[0]))
+    return weight.data_ptr()

@@ -260,3 +260,269 @@ def test_an_fp32_weight_gets_the_noise_of_copy_bit_for_bit(make, shape, noise):
     else:
         assert torch.equal(y, expected)
     torch.testing.assert_close(gradient, x.grad)
+
+
+@pytest.mark.parametrize("noise", ["filter", "layer", "element"])
+def test_an_embedding_gets_the_noise_of_its_rows(noise):
+    table = nn.Embedding(ROWS, FAN_IN).requires_grad_(False)
+    tokens = torch.tensor([[3, 0, 31], [3, 7, 1]])
+    plan = perturbed(view_of(table), noise)
+    std = plan.std_of(plan.views[0])
+    std = std * table.weight.abs() if noise == "element" else std
+    expected = F.embedding(tokens, table.weight + epsilon(table.weight.shape) * std)
+    torch.testing.assert_close(table(tokens), expected)
+
+
+def test_a_weight_stored_transposed_gets_the_noise_of_its_rows():
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    layer = layers.Conv1D(ROWS, FAN_IN).requires_grad_(False)
+    update, x = lora_update(), inputs()
+    perturbed(view_of(layer, update=update, layout="columns"))
+    rows = layer.weight.t()
+    expected = F.linear(x, rows + epsilon(rows.shape) * std_of(rows, update), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_isotropic_noise_has_one_std_for_all_weights():
+    layers = [plain(), bitsandbytes_4bit("nf4")]
+    plan = ForwardPlan([view_of(layer, index=i + 1) for i, layer in enumerate(layers)], "isotropic")
+    plan.fill_std(SIGMA)
+    weights = [layers[0].weight, dequantized(layers[1])]
+    rms = torch.cat([w.flatten() for w in weights]).square().mean().sqrt()
+    for view in plan.views:
+        torch.testing.assert_close(plan.std_of(view), (SIGMA * rms).view(1, 1))
+
+
+@pytest.mark.parametrize("make", [Packed, lambda: bitsandbytes_4bit("nf4")], ids=["packed", "nf4"])
+@pytest.mark.parametrize("kind", ["none", "factors", "two", "dense", "row_norm"])
+def test_the_std_follows_the_merged_weight(make, kind):
+    layer = make()
+    weight = (layer(torch.eye(FAN_IN)) - layer.bias).t().detach()
+    (one,), (two,) = lora_update().factors, lora_update(rank=2).factors
+    dense = torch.randn(ROWS, FAN_IN)
+    added = {"none": 0, "factors": one[2] * one[0] @ one[1], "dense": dense, "row_norm": 0}
+    added["two"] = added["factors"] + two[2] * two[0] @ two[1]
+    norm = torch.rand(ROWS) if kind == "row_norm" else (weight + added[kind]).norm(dim=1)
+    updates = {
+        "none": WeightUpdate(),
+        "factors": WeightUpdate((one,)),
+        "two": WeightUpdate((one, two)),
+        "dense": WeightUpdate(dense=dense),
+        "row_norm": WeightUpdate(row_norm=norm),
+    }
+    plan = perturbed(view_of(layer, update=updates[kind]))
+    torch.testing.assert_close(plan.std_of(plan.views[0]).flatten(), SIGMA * norm / FAN_IN**0.5, rtol=1e-4, atol=1e-5)
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------------
+
+
+def nf4():
+    return bitsandbytes_4bit("nf4")
+
+
+def test_every_forward_of_a_step_sees_the_same_noise_and_the_next_step_another():
+    layer, x = nf4(), inputs()
+    plan = perturbed(view_of(layer))
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    plan.restore()
+    plan.perturb(KEY)  # after an evaluation amid the step
+    assert torch.equal(layer(x), first)
+    plan.restore()
+    plan.perturb(step_key(0, 6, 0))
+    assert not torch.equal(layer(x), first)
+
+
+def test_an_evaluation_amid_a_step_leaves_its_graph_valid():
+    layer, x = nf4(), inputs()
+    plan = perturbed(view_of(layer))
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    y = layer(x)
+    plan.restore()
+    with torch.no_grad():
+        layer(x)
+    plan.perturb(KEY)
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("change", ["key", "std", "weight"])
+def test_backward_through_a_noise_that_is_gone_raises(change):
+    layer, x = plain(), inputs()
+    plan = perturbed(view_of(layer))
+    y = layer(x)
+    if change == "key":
+        plan.perturb(step_key(0, 6, 0))
+    elif change == "std":
+        plan.fill_std(SIGMA / 2)
+    else:
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_recomputation_sees_the_same_noise(reentrant):
+    layer, x = nf4(), inputs()
+    perturbed(view_of(layer))
+    torch.tanh(layer(x)).square().sum().backward()
+    expected, x.grad = x.grad, None
+    y = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [plain, nf4, lambda: quanto("qint8")], ids=["plain", "nf4", "quanto"])
+def test_nothing_of_the_size_of_the_weight_is_saved_for_backward(make):
+    layer = build(make)
+    view, x = view_of(layer), inputs(shape=(2, FAN_IN))
+    perturbed(view)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    parameter = view.weight.parameter
+    assert all(t is parameter or t.data_ptr() == parameter.data_ptr() or t.numel() <= 2 * ROWS for t in saved)
+
+
+def test_the_bias_and_the_gradient_of_the_gradient():
+    layer = plain(torch.float64)
+    layer.bias.requires_grad_(True)
+    perturbed(view_of(layer))
+    x = inputs(torch.float64, shape=(2, 3, FAN_IN))
+    assert torch.autograd.gradcheck(lambda x, b: layer(x) ** 2, (x, layer.bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x) ** 2, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 4, 6, 7)])
+def test_gradients_of_a_convolution(shape):
+    layer = nn.Sequential(conv("Conv1d" if len(shape) == 3 else "Conv2d", padding=1).double())[0]
+    layer.bias.requires_grad_(True)
+    perturbed(view_of(layer))
+    x = inputs(torch.float64, shape=shape)
+    assert torch.autograd.gradcheck(lambda x, b: layer(x) ** 2, (x, layer.bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+def test_autocast_computes_in_the_type_the_layer_itself_would(make):
+    layer, x = make(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = layer(x)
+        perturbed(view_of(layer))
+        noisy = layer(x)
+    assert noisy.dtype == clean.dtype
+    noisy.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+# --- whoever handles the layer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_no_noise(make, copied):
+    net, x = nn.Sequential(make()), inputs()
+    clean = net(x)
+    plan = perturbed(view_of(net[0]))
+    twin = copied(net)
+    assert torch.equal(twin(x), clean)
+    assert not torch.equal(net(x), clean)
+    plan.restore()
+    assert torch.equal(copied(twin)(x), clean)
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+def test_state_dict_and_parameters_keep_every_bit(make):
+    net = nn.Sequential(make())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    perturbed(view_of(net[0]))
+    net(inputs()).sum().backward()
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if tensor.dim())
+
+
+def test_accelerates_hooks_go_on_around_the_noise():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubled(hooks.ModelHook):
+        def pre_forward(self, module, x):
+            return (2 * x,), {}
+
+    layer, x = plain(), inputs()
+    hooks.add_hook_to_module(layer, Doubled())
+    view = view_of(layer)
+    plan = perturbed(view)
+    y = layer(x)
+    expected = F.linear(2 * x, layer.weight + epsilon(layer.weight.shape) * plan.std_of(view), layer.bias)
+    torch.testing.assert_close(y, expected)
+    detach([view.weight])
+    assert torch.equal(layer(x), F.linear(2 * x, layer.weight, layer.bias))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_new_plan_takes_the_layer_over():
+    layer, x = plain(), inputs()
+    first = perturbed(view_of(layer))
+    first.restore()
+    view = view_of(layer, index=4)
+    plan = perturbed(view)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias))
+    detach([view.weight])
+    assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize("make", [plain, nf4, lambda: torchao("Int8WeightOnlyConfig")], ids=["plain", "nf4", "torchao"])
+def test_compiled_without_a_break_once_for_all_steps(make):
+    layer = build(make)
+    net = nn.Sequential(layer, nn.Tanh())
+    compilations, x = [], inputs(layer.bias.dtype)
+
+    def backend(graph, example):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        compilations.append(graph)
+        return aot_eager(graph, example)
+
+    plan = perturbed(view_of(layer))
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    for step in range(4):
+        plan.restore()
+        plan.fill_std(0.1 + 0.01 * step)
+        plan.perturb(step_key(0, step, 0))
+        y = compiled(x)
+        y.float().square().sum().backward()
+        gradient, x.grad = x.grad, None
+        expected = net(x)
+        expected.float().square().sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradient, x.grad)
+        x.grad = None
+    assert len(compilations) == 1
+    plan.restore()
+    assert torch.equal(compiled(x), net(x))
+
+
+# --- refused by name ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_the_same_noise_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
+
+    assert "Scaled.forward" in unsupported_reason(view_of(Scaled(8, 4)).weight, "filter")
+    assert "element" in unsupported_reason(view_of(Packed()).weight, "element")
+    with pytest.raises(ValueError, match=r"layer cannot get noise in the forward: .*reversible"):
+        ForwardPlan([view_of(Scaled(8, 4))], "filter")
+
+
+def test_dora_with_dropout_is_refused():
+    peft = pytest.importorskip("peft")
+    for dropout, refused in ((0.0, False), (0.1, True)):
+        config = peft.LoraConfig(target_modules=["0"], use_dora=True, lora_dropout=dropout)
+        layer = peft.get_peft_model(nn.Sequential(plain()), config).base_model.model[0]
+        weight = AdaptedWeight(layer.base_layer, "weight", "layer", layer, None)
+        assert (unsupported_reason(weight, "filter") is not None) == refused

@@ -1,0 +1,128 @@
+"""QLoRA as transformers and PEFT do it, against a dense model whose weights are dequant(W) + ε."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flatopt.adapters.quantized import format_of
+from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
+from flatopt.noise import normals, row_keys, step_key, sub_key
+from flatopt.perturbation.forward import ForwardPlan, detach
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
+
+KEY = step_key(0, 0, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def qlora(folder, **quantization):
+    config = transformers.BitsAndBytesConfig(**quantization)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+    return peft.get_peft_model(model, config).train()
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+
+
+def views_of(model):
+    views = []
+    for number, layer in enumerate(lora_layers(model), 1):
+        factors = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach(), layer.scaling["default"]
+        weight = AdaptedWeight(layer.base_layer, "weight", f"layer {number}", layer, None)
+        views.append(WeightView(weight, number, update=WeightUpdate((factors,))))
+    return views
+
+
+def dense_at_noise(model, plan):
+    """A copy of ``model`` with plain layers of dequant(W) + ε."""
+    dense = copy.deepcopy(model)
+    for view, twin in zip(plan.views, lora_layers(dense)):
+        owner = view.weight.owner
+        weight = format_of(owner, "weight").dequantize(owner, owner.weight).float()
+        keys = row_keys(sub_key(KEY, view.index), len(weight), torch.device("cpu"))
+        linear = nn.Linear(weight.shape[1], len(weight), bias=False)
+        linear.weight = nn.Parameter(weight + plan.std_of(view) * normals(keys, 0, weight.shape[1]), requires_grad=False)
+        twin.base_layer = linear
+    return dense
+
+
+def loss_and_gradients(model, tokens):
+    model.zero_grad()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+QUANTIZATIONS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4, double quantised": {
+        **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
+def test_loss_and_adapter_gradients_are_the_dense_models(folder, quantization):
+    model, tokens = qlora(folder, **quantization), torch.randint(64, (2, 16))
+    plan = ForwardPlan(views_of(model), "filter")
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    loss, gradients = loss_and_gradients(model, tokens)
+    expected_loss, expected = loss_and_gradients(dense_at_noise(model, plan), tokens)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+
+    plan.restore()
+    clean, _ = loss_and_gradients(model, tokens)
+    assert (clean - loss).abs() > 1e-4
+    detach(view.weight for view in plan.views)
+    assert torch.equal(loss_and_gradients(model, tokens)[0], clean)
+
+
+def test_int8_trains_with_the_noise_added(folder):
+    model, tokens = qlora(folder, load_in_8bit=True), torch.randint(64, (2, 16))
+    plan = ForwardPlan(views_of(model), "filter")
+    clean, clean_gradients = loss_and_gradients(model, tokens)
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    loss, gradients = loss_and_gradients(model, tokens)
+    expected, expected_gradients = loss_and_gradients(dense_at_noise(model, plan), tokens)
+    # the dense layers do not round their inputs to 8 bits
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
+    for name, gradient in gradients.items():
+        off = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
+        assert off < 0.5 * (clean_gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
+
+
+def test_merging_into_four_bits_merges_no_noise(folder):
+    model = qlora(folder, **QUANTIZATIONS["nf4"])
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    plan = ForwardPlan(views_of(model), "filter")
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    plan.restore()
+    merged = model.merge_and_unload()
+    detach(view.weight for view in plan.views)
+    state = merged.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

@@ -6,6 +6,7 @@ graph needs them gets autograd's error, and torch.compile takes new ones without
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def row_keys(key: Tensor, rows: Tensor) -> "tuple[Tensor, Tensor]":
     return first, noise._mix_(first.bitwise_xor(key[1]))
 
 
-def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: "Tensor | None" = None) -> Tensor:
+def add_torch_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: "Tensor | None" = None) -> Tensor:
     """``rows`` + std × normals, in place; as ``restore="copy"`` adds it, bit for bit.
 
     ``std``: float32 ``(m, 1)`` or ``(1, 1)``; with ``relative``, in units of each element's absolute value. ``numbers``: which
@@ -47,6 +48,30 @@ def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: 
         z = noise.normals((keys[0][top], keys[1][top]), left.start, w.shape[1], scratch).to(work)
         part.copy_(w.add_(z.mul_(w.abs().mul_(std[top]) if relative else std[top])))
     return rows
+
+
+def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool) -> Tensor:
+    """:func:`add_torch_noise_` to a whole matrix; by a kernel where there is one for it."""
+    kernels = None if relative or not rows.is_contiguous() else _kernels(rows.device.type)
+    if kernels is not None and kernels.takes(rows.shape, rows.dtype):
+        return kernels.add_noise_(rows, std, key)
+    return add_torch_noise_(rows, std, key, relative)
+
+
+FUSED_ON = {"cuda"}  # device types
+
+
+def _kernels(device_type: str) -> Any:
+    return _triton() if device_type in FUSED_ON else None
+
+
+@functools.cache
+def _triton() -> Any:
+    try:
+        from ..ops.triton import noisy
+    except ImportError:  # no Triton, or too old a one
+        return None
+    return noisy
 
 
 # To torch.compile, adding ε is one opaque operation. There are two of them, as it makes equal operations once and keeps the
@@ -95,6 +120,9 @@ class NoisyWeight:
 
     def noisy_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
         """W + ε as a matrix of type ``dtype``, rounded first to the type that W has. ``gradient``: given in backward."""
+        kernels = _kernels(weight.device.type)
+        if kernels is not None and self._fuses(weight, dtype) and not torch.compiler.is_compiling():
+            return kernels.noisy_4bit(weight, std, key)
         rows = self.clean_rows(weight)
         if torch.compiler.is_compiling():
             if gradient is None:
@@ -105,6 +133,17 @@ class NoisyWeight:
             rows = rows.clone() if self.format is None else rows
             add_noise_(rows, std, key, self.relative)
         return rows.to(dtype)
+
+    def _fuses(self, weight: Any, dtype: torch.dtype) -> bool:
+        """Whether one kernel dequantises and adds the noise."""
+        state = getattr(weight, "quant_state", None)
+        return (
+            not self.relative
+            and state is not None
+            and state.dtype == dtype
+            and state.shape[1] % 2 == 0
+            and (not state.nested or state.state2.blocksize == 256)
+        )
 
     def noise_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
         """ε alone, for a layer whose output is not just x Wᵀ."""
@@ -219,7 +258,7 @@ def embedding(noisy: NoisyWeight, tokens: Tensor) -> Tensor:
 
 @torch.library.custom_op("flatopt::add_noise_to_rows", mutates_args=())
 def _embedding_op(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: Tensor) -> Tensor:
-    return add_noise_(rows.clone(), std, key, relative, numbers)
+    return add_torch_noise_(rows.clone(), std, key, relative, numbers)
 
 
 @_embedding_op.register_fake

@@ -89,6 +89,16 @@ def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:
     return weight.detach().float() * scale
 
 
+def scaled_bytes(weight: Any) -> "tuple[Tensor, Tensor] | None":
+    """``(elements, scales)`` where W is contiguous int8 elements times one scale a row, as torchao and quanto keep it."""
+    for elements, scales in (("qdata", "scale"), ("_data", "_scale")):
+        q, s = getattr(weight, elements, None), getattr(weight, scales, None)
+        if isinstance(q, Tensor) and isinstance(s, Tensor) and q.dtype == torch.int8 and q.is_contiguous():
+            symmetric = getattr(weight, "zero_point", None) is None
+            return (q, s) if symmetric and s.numel() == len(q) and q.shape == weight.shape else None
+    return None
+
+
 def data_ptr(weight: Tensor) -> int:
     """Where a weight's memory begins. torchao's and quanto's tensors, which wrap others, say 0 themselves."""
     if hasattr(weight, "__tensor_flatten__"):

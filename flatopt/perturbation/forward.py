@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..adapters.quantized import Format, format_of, shape_of
 from ..core.sharding import is_sharded
-from ..core.weight import AdaptedWeight, WeightUpdate, WeightView
-from ..noise import signed, sub_key
-from ..scale import row_square_sums, weight_square_sums
+from ..core.weight import FLOATS, AdaptedWeight, WeightView
+from ..ops.noise import Key, signed, weight_key
+from ..ops.norms import row_square_sums
+from ..ops.norms import square_sums as weight_square_sums
 from . import noisy
 
 IDENTITY_ROWS = 256  # inputs at a time where W is asked for by multiplying it with the identity
@@ -91,7 +92,7 @@ class ForwardPlan:
                 raise ValueError(f"{view.weight.path} cannot get noise in the forward: {reason}")
         self._layers: list[noisy.NoisyForward] = []
         self._keys: dict[torch.device, Tensor] = {}
-        self._key: tuple[int, int] | None = None
+        self._key: Key | None = None
         for number, view in enumerate(self.views):
             owner, name = view.weight.owner, view.weight.name
             form, device = format_of(owner, name), view.weight.parameter.device
@@ -108,35 +109,29 @@ class ForwardPlan:
             for layer in self._layers:
                 layer.noisy.std.fill_(sigma)
             return
-        sums, sizes = [], []
-        for view, layer in zip(self.views, self._layers):
-            total, fan_in = _square_sums(view, layer)
-            sums.append(total.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))  # a row with inf or NaN gets no noise
-            sizes.append(fan_in)
+        sums = square_sums(self.views, self._layers)
+        stds, fan_ins = [layer.noisy.std for layer in self._layers], [layer.noisy.shape[1] for layer in self._layers]
         if self.noise == "isotropic":
-            whole, count = sum(t.sum().to(sums[0].device) for t in sums), sum(len(t) * n for t, n in zip(sums, sizes))
-            for layer in self._layers:
-                layer.noisy.std.copy_((whole / count).sqrt().mul_(sigma).view(1, 1))
-            return
-        for layer, total, fan_in in zip(self._layers, sums, sizes):
-            if self.noise == "layer":
-                layer.noisy.std.copy_((total.sum() / (len(total) * fan_in)).sqrt_().mul_(sigma).view(1, 1))
-            else:
-                layer.noisy.std.copy_((total / fan_in).sqrt_().mul_(sigma).unsqueeze(1))
+            whole, count = sum(t.sum().to(sums[0].device) for t in sums), sum(len(t) * n for t, n in zip(sums, fan_ins))
+            sums, fan_ins = [(whole / count).view(1).to(std.device) for std in stds], [1] * len(stds)
+        elif self.noise == "layer":
+            sums, fan_ins = [t.mean().view(1) for t in sums], fan_ins
+        found = torch._foreach_sqrt(torch._foreach_div([t.unsqueeze(1) for t in sums], [float(n) for n in fan_ins]))
+        torch._foreach_mul_(found, sigma)
+        torch._foreach_copy_(stds, found)
 
     def std_of(self, view: WeightView) -> Tensor:
         """The std of a weight's noise: float32 ``(m, 1)`` or ``(1, 1)``, in units of \\|W\\| with ``noise="element"``."""
         return self._layers[self.views.index(view)].noisy.std
 
     @torch.no_grad()
-    def perturb(self, key: "tuple[int, int]") -> None:
+    def perturb(self, key: Key) -> None:
         """Switch the noise on. A key that is there already is not written again: a graph that saved it stays valid."""
         if key != self._key:
             self._key = None
             words = []
             for view in self.views:
-                own = sub_key(key, view.index)
-                own = sub_key(own, view.part) if view.part else own
+                own = weight_key(key, view.index, view.part)
                 words.append([signed(own[0]), signed(own[1])])
             for device, keys in self._keys.items():
                 host = torch.tensor(words, dtype=torch.int32)
@@ -166,26 +161,76 @@ def detach(weights: "Iterable[AdaptedWeight]") -> None:
 
 # --- row norms of the merged weight ---------------------------------------------------------------------------------------
 
+BATCHED_ON = {"cuda"}  # device types on which the number of operations counts
 
-def _square_sums(view: WeightView, layer: "noisy.NoisyForward") -> "tuple[Tensor, int]":
-    """Per row of the merged weight the sum of squares, float32 ``(m,)``; and its fan-in."""
+
+def square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForward]") -> "list[Tensor]":
+    """Per row of each merged weight the sum of squares, float32 ``(m,)``; 0 for a row with inf or NaN, which gets no noise."""
+    found: dict[int, Tensor] = {}
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    for i, (view, layer) in enumerate(zip(views, layers)):
+        kind = _batch_kind(view, layer)
+        if kind is None:
+            found[i] = _square_sums(view, layer).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        else:
+            batches.setdefault(kind, []).append(i)
+    for some in batches.values():
+        total = _batch_square_sums([views[i] for i in some], [layers[i] for i in some])
+        found.update(zip(some, total.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)))
+    return [found[i] for i in range(len(views))]
+
+
+def _square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
     form, weight = layer.noisy.format, view.weight
+    if view.update.row_norm is not None:
+        return view.update.row_norm.detach().float().square()
     if form is not None and form.dequantize is None:
-        return _square_sums_by_forward(view, layer), shape_of(weight.owner, weight.name)[1]
-    if view.update.row_norm is not None and form is not None:
-        return view.update.row_norm.detach().float().square(), shape_of(weight.owner, weight.name)[1]
+        return _square_sums_by_forward(view, layer)
+    rows = layer.noisy.clean_rows(weight.parameter)
+    if view.square_sums is None:
+        view.square_sums = weight_square_sums(rows)
+    return row_square_sums(rows, view.update, view.square_sums)
 
-    def of_weight(rows: Tensor) -> Tensor:
+
+def _batch_kind(view: WeightView, layer: "noisy.NoisyForward") -> "tuple[Any, ...] | None":
+    """What layers have in common whose sums are found together; None for one that is none of them."""
+    form, update, device = layer.noisy.format, view.update, layer.noisy.std.device
+    multiplies = form is not None and not form.quantizes_inputs
+    plain_factors = len(update.factors) == 1 and (update.row_norm, update.dense, update.alpha) == (None, None, None)
+    if device.type not in BATCHED_ON or not multiplies or not plain_factors:
+        return None
+    B, A, scaling = update.factors[0]
+    if isinstance(scaling, Tensor) or {A.device, B.device} != {device}:
+        return None
+    return device, B.shape, A.shape, B.dtype, A.dtype, scaling, _input_like(view).dtype
+
+
+def _batch_square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForward]") -> Tensor:
+    """``(layers, m)``, from W Aᵀ as the layer's answer to A, which for a few rows need not make W."""
+    for view, layer in zip(views, layers):
         if view.square_sums is None:
-            view.square_sums = weight_square_sums(rows)
-        return view.square_sums
+            view.square_sums = _own_square_sums(view, layer)
+    B = torch.stack([view.update.factors[0][0].detach() for view in views]).float().mul_(views[0].update.factors[0][2])
+    A = torch.stack([view.update.factors[0][1].detach() for view in views])
+    asked = A.to(_input_like(views[0]).dtype)
+    cross = torch.stack([_answer(layer, a) for layer, a in zip(layers, asked)]).mT
+    A = A.float()
+    total = torch.stack([view.square_sums for view in views if view.square_sums is not None])
+    return total.add_((B * cross).sum(2), alpha=2).add_(((B @ (A @ A.mT)) * B).sum(2)).clamp_min_(0.0)
 
-    rows = weight.rows(weight.parameter.detach()) if form is None else form.dequantize(weight.owner, weight.parameter)
-    return row_square_sums(rows, view.update, of_weight), rows.shape[1]
+
+def _own_square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
+    """Of W alone."""
+    form = layer.noisy.format
+    if form is None or form.dequantize is not None:
+        return weight_square_sums(layer.noisy.clean_rows(view.weight.parameter))
+    parts = [w.square().sum(0) for _, w in _columns(layer, _input_like(view))]
+    return sum(parts[1:], parts[0])
 
 
-def _columns(layer: "noisy.NoisyForward", fan_in: int, like: Tensor) -> "Iterator[tuple[int, Tensor]]":
+def _columns(layer: "noisy.NoisyForward", like: Tensor) -> "Iterator[tuple[int, Tensor]]":
     """W some columns at a time, transposed, as the layer's answer to the identity: (first column, ``(k, rows)``)."""
+    fan_in = layer.noisy.shape[1]
     for start in range(0, fan_in, IDENTITY_ROWS):
         identity = like.new_zeros(min(IDENTITY_ROWS, fan_in - start), fan_in)
         identity.diagonal(start).fill_(1.0)
@@ -193,24 +238,20 @@ def _columns(layer: "noisy.NoisyForward", fan_in: int, like: Tensor) -> "Iterato
 
 
 def _answer(layer: "noisy.NoisyForward", x: Tensor) -> Tensor:
-    y, bias = layer.clean(x), getattr(layer.noisy.owner, "bias", None)
+    y, bias = layer.clean(x), getattr(layer.layer, "bias", None)
     return (y if bias is None else y - bias).float()
 
 
 def _square_sums_by_forward(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
-    """The same where only the layer itself can multiply with W: W Aᵀ is its answer to A, W that to the identity."""
-    update, fan_in = view.update, shape_of(view.weight.owner, view.weight.name)[1]
-    if update.row_norm is not None:
-        return update.row_norm.detach().float().square()
-    like = _input_like(view, update)
+    """Where only the layer itself can multiply with W: W Aᵀ is its answer to A, W that to the identity."""
+    update, like = view.update, _input_like(view)
     if update.dense is not None:
         dense = update.dense.detach().float()
-        return sum(
-            (w + dense[:, start : start + len(w)].t()).square().sum(0) for start, w in _columns(layer, fan_in, like)
-        )
+        parts = [(w + dense[:, j : j + len(w)].t()).square().sum(0) for j, w in _columns(layer, like)]
+        return sum(parts[1:], parts[0])
     if view.square_sums is None:
-        view.square_sums = sum(w.square().sum(0) for _, w in _columns(layer, fan_in, like))
-    alpha = 1.0 if update.alpha is None else update.alpha
+        view.square_sums = _own_square_sums(view, layer)
+    alpha: float | Tensor = 1.0 if update.alpha is None else update.alpha
     total = alpha * alpha * view.square_sums
     if update.factors:
         B = torch.cat([B.detach().float() * s for B, _, s in update.factors], dim=1)
@@ -220,10 +261,14 @@ def _square_sums_by_forward(view: WeightView, layer: "noisy.NoisyForward") -> Te
     return total.clamp_min(0.0)
 
 
-def _input_like(view: WeightView, update: WeightUpdate) -> Tensor:
-    """A tensor of the type that the layer's inputs have: of its bias, its scales, or else of the adapter."""
-    owner = view.weight.owner
-    for tensor in (getattr(owner, "bias", None), getattr(owner, "scales", None), *(f[0] for f in update.factors)):
-        if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point:
-            return tensor.detach()
-    return torch.empty(0, dtype=torch.get_default_dtype(), device=view.weight.parameter.device)
+def _input_like(view: WeightView) -> Tensor:
+    """A tensor of the type that the layer takes as input: its own, or that of its bias, its scales or the adapter."""
+    owner: Any = view.weight.owner
+    own = getattr(owner, "compute_dtype", None)
+    if own is not None:
+        return torch.empty(0, dtype=own, device=view.weight.parameter.device)
+    weight = view.weight.parameter
+    for tensor in (weight, getattr(owner, "bias", None), getattr(owner, "scales", None), *(f[0] for f in view.update.factors)):
+        if isinstance(tensor, Tensor) and tensor.dtype in FLOATS:
+            return tensor.detach().new_empty(0) if type(tensor) in (Tensor, nn.Parameter) else torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty(0, dtype=torch.get_default_dtype(), device=weight.device)

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import noise
-from ..adapters.quantized import Format
+from ..adapters.quantized import Format, scaled_bytes, shape_of
 from ..core.weight import AdaptedWeight, memory_order
-from ..reversible import chunks
-from ..scratch import Scratch
+from ..ops import noise
+from ..ops.scratch import Scratch
+from ..ops.torch_backend import chunks
 
 # --- W + ε ----------------------------------------------------------------------------------------------------------------
 
 
 def row_keys(key: Tensor, rows: Tensor) -> "tuple[Tensor, Tensor]":
-    """:func:`flatopt.noise.row_keys` of the rows numbered ``rows``, int32 ``(k,)``, where the key is an int32 tensor."""
+    """:func:`flatopt.ops.noise.row_keys` of the rows numbered ``rows``, int32 ``(k,)``, where the key is an int32 tensor."""
     first = noise._mix_(rows.unsqueeze(1).mul(noise._int32(noise.GOLDEN)).add_(key[0]))
     return first, noise._mix_(first.bitwise_xor(key[1]))
 
@@ -45,7 +45,7 @@ def add_torch_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, num
         top, left = here
         part = rows[here]
         w = scratch("w", part.shape, work, device).copy_(part)
-        z = noise.normals((keys[0][top], keys[1][top]), left.start, w.shape[1], scratch).to(work)
+        z = noise.normals_of_rows((keys[0][top], keys[1][top]), left.start, w.shape[1], scratch).to(work)
         part.copy_(w.add_(z.mul_(w.abs().mul_(std[top]) if relative else std[top])))
     return rows
 
@@ -107,6 +107,7 @@ class NoisyWeight:
     def __init__(self, weight: AdaptedWeight, form: "Format | None", std: Tensor, key: Tensor, relative: bool):
         self.owner, self.name, self.layout, self.format = weight.owner, weight.name, weight.layout, form
         self.std, self.key, self.relative = std, key, relative
+        self.shape = tuple(weight.rows(weight.parameter).shape) if form is None else shape_of(weight.owner, weight.name)
 
     def clean_rows(self, weight: Tensor) -> Tensor:
         """W as a matrix, rows = outputs: a view of a plain weight, new memory where it is dequantised."""
@@ -121,8 +122,10 @@ class NoisyWeight:
     def noisy_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
         """W + ε as a matrix of type ``dtype``, rounded first to the type that W has. ``gradient``: given in backward."""
         kernels = _kernels(weight.device.type)
-        if kernels is not None and self._fuses(weight, dtype) and not torch.compiler.is_compiling():
-            return kernels.noisy_4bit(weight, std, key)
+        if kernels is not None and not self.relative and self.shape[1] % 2 == 0 and not torch.compiler.is_compiling():
+            made = self._fused(kernels, weight, std, key, dtype)
+            if made is not None:
+                return made
         rows = self.clean_rows(weight)
         if torch.compiler.is_compiling():
             if gradient is None:
@@ -134,20 +137,19 @@ class NoisyWeight:
             add_noise_(rows, std, key, self.relative)
         return rows.to(dtype)
 
-    def _fuses(self, weight: Any, dtype: torch.dtype) -> bool:
-        """Whether one kernel dequantises and adds the noise."""
+    def _fused(self, kernels: Any, weight: Any, std: Tensor, key: Tensor, dtype: torch.dtype) -> "Tensor | None":
+        """W + ε by one kernel that dequantises and adds the noise; None where there is none for the format."""
         state = getattr(weight, "quant_state", None)
-        return (
-            not self.relative
-            and state is not None
-            and state.dtype == dtype
-            and state.shape[1] % 2 == 0
-            and (not state.nested or state.state2.blocksize == 256)
-        )
+        if state is not None:
+            if state.dtype != dtype or (state.nested and state.state2.blocksize != kernels.OUTER_BLOCK.value):
+                return None
+            return kernels.noisy_4bit(weight, std, key)
+        kept = None if self.format is None else scaled_bytes(weight)
+        return kernels.noisy_bytes(*kept, std, key, dtype) if kept is not None and dtype in kernels.DTYPES else None
 
     def noise_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
         """ε alone, for a layer whose output is not just x Wᵀ."""
-        zero = std.new_zeros((self.owner.out_features, self.owner.in_features), dtype=dtype)
+        zero = std.new_zeros(self.shape, dtype=dtype)
         if torch.compiler.is_compiling():
             if gradient is None:
                 return _compiled_forward(zero, std, key, False)

@@ -82,3 +82,46 @@ def test_noise_on_bytes(dtype):
     scales = torch.rand(33, 1, device=DEVICE) / 127
     std, key = noise_of(33)
     check(noisy_bytes(elements, scales, std, key, dtype), (elements * scales).to(dtype), std, key)
+
+
+@runs
+@pytest.mark.parametrize("kept", ["plain", "nf4", "int8"])
+def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
+    from flatopt.adapters.quantized import scaled_bytes
+    from flatopt.core.weight import AdaptedWeight, WeightView
+    from flatopt.ops.noise import step_key
+    from flatopt.ops.triton import noisy as kernels
+    from flatopt.perturbation import noisy
+    from flatopt.perturbation.forward import ForwardPlan
+
+    layer = torch.nn.Linear(64, 24).requires_grad_(False)
+    if kept == "nf4":
+        bnb = pytest.importorskip("bitsandbytes")
+        quantised = bnb.nn.Linear4bit(64, 24, compute_dtype=torch.float32, quant_type="nf4")
+        quantised.load_state_dict(layer.state_dict())
+        layer = quantised.requires_grad_(False)
+    elif kept == "int8":
+        quanto = pytest.importorskip("optimum.quanto")
+        net = torch.nn.Sequential(layer)
+        quanto.quantize(net, weights=quanto.qint8)
+        quanto.freeze(net)
+        layer = net[0]
+        assert scaled_bytes(layer.weight) is not None
+    layer = layer.to(DEVICE)
+    launches = []
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *some, **more: (launches.append(some[4]), launch(*some, **more))[1])
+    plan = ForwardPlan([WeightView(AdaptedWeight(layer, "weight", "layer", layer, None), 1)], "filter")
+    plan.fill_std(0.1)
+    plan.perturb(step_key(0, 0, 0))
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    outputs = []
+    for device_types in ({DEVICE}, set()):
+        monkeypatch.setattr(noisy, "FUSED_ON", device_types)
+        y = layer(x)
+        y.square().sum().backward()
+        outputs += [(y, x.grad)]
+        x.grad = None
+    assert launches == 2 * [{"plain": kernels.PLAIN, "nf4": kernels.FOUR_BITS_TWICE, "int8": kernels.BYTES}[kept]]
+    for one, other in zip(*outputs):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

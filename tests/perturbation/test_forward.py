@@ -10,7 +10,8 @@ from torch import nn
 
 from flatopt.adapters.quantized import format_of, packed_name
 from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
-from flatopt.noise import normals, row_keys, step_key, sub_key
+from flatopt.ops.noise import normals, step_key, weight_key
+from flatopt.perturbation import forward
 from flatopt.perturbation.forward import ForwardPlan, detach, forward_reason, unsupported_reason
 
 ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
@@ -130,7 +131,7 @@ def perturbed(view, noise="filter", key=KEY):
 
 def epsilon(shape, index=3, key=KEY):
     """Standard normals of the noise, as the plans that write W draw them."""
-    return normals(row_keys(sub_key(key, index), shape[0], torch.device("cpu")), 0, shape[1])
+    return normals(weight_key(key, index, 0), *shape)
 
 
 def dequantized(layer):
@@ -295,7 +296,9 @@ def test_isotropic_noise_has_one_std_for_all_weights():
 
 @pytest.mark.parametrize("make", [Packed, lambda: bitsandbytes_4bit("nf4")], ids=["packed", "nf4"])
 @pytest.mark.parametrize("kind", ["none", "factors", "two", "dense", "row_norm"])
-def test_the_std_follows_the_merged_weight(make, kind):
+@pytest.mark.parametrize("batched_on", [{"cuda"}, {"cuda", "cpu"}], ids=["one by one", "together"])
+def test_the_std_follows_the_merged_weight(make, kind, batched_on, monkeypatch):
+    monkeypatch.setattr(forward, "BATCHED_ON", batched_on)
     layer = make()
     weight = (layer(torch.eye(FAN_IN)) - layer.bias).t().detach()
     (one,), (two,) = lora_update().factors, lora_update(rank=2).factors

@@ -8,7 +8,8 @@ from torch import nn
 
 from flatopt.adapters.quantized import format_of
 from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
-from flatopt.noise import normals, row_keys, step_key, sub_key
+from flatopt.ops.noise import normals, step_key, weight_key
+from flatopt.perturbation import forward
 from flatopt.perturbation.forward import ForwardPlan, detach
 
 transformers = pytest.importorskip("transformers")
@@ -56,9 +57,8 @@ def dense_at_noise(model, plan):
     for view, twin in zip(plan.views, lora_layers(dense)):
         owner = view.weight.owner
         weight = format_of(owner, "weight").dequantize(owner, owner.weight).float()
-        keys = row_keys(sub_key(KEY, view.index), len(weight), torch.device("cpu"))
         linear = nn.Linear(weight.shape[1], len(weight), bias=False)
-        linear.weight = nn.Parameter(weight + plan.std_of(view) * normals(keys, 0, weight.shape[1]), requires_grad=False)
+        linear.weight = nn.Parameter(weight + plan.std_of(view) * normals(weight_key(KEY, view.index, 0), *weight.shape), requires_grad=False)
         twin.base_layer = linear
     return dense
 
@@ -80,7 +80,9 @@ QUANTIZATIONS = {
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
-def test_loss_and_adapter_gradients_are_the_dense_models(folder, quantization):
+@pytest.mark.parametrize("batched_on", [{"cuda"}, {"cuda", "cpu"}], ids=["one by one", "together"])
+def test_loss_and_adapter_gradients_are_the_dense_models(folder, quantization, batched_on, monkeypatch):
+    monkeypatch.setattr(forward, "BATCHED_ON", batched_on)
     model, tokens = qlora(folder, **quantization), torch.randint(64, (2, 16))
     plan = ForwardPlan(views_of(model), "filter")
     plan.fill_std(0.2)

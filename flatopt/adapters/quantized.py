@@ -43,7 +43,9 @@ def format_of(layer: nn.Module, name: str) -> "Format | None":
     for library, shown in (("torchao.", "torchao"), ("optimum.quanto.", "quanto")):
         if kind.__module__.startswith(library):
             names = ("act_quant_kwargs", "activation_quantization", "activation_qtype")
-            inputs = next((i for holder in (weight, layer) for n in names if (i := getattr(holder, n, None)) is not None), None)
+            inputs = next(
+                (i for holder in (weight, layer) for n in names if (i := getattr(holder, n, None)) is not None), None
+            )
             read = (lambda layer, weight: weight.dequantize()) if hasattr(kind, "dequantize") else None
             return Format(f"{shown} {kind.__name__}", read, quantizes_inputs=inputs is not None)
     if weight.dtype in FLOAT8 and isinstance(getattr(layer, "weight_scale_inv", None), Tensor):
@@ -68,7 +70,9 @@ def _bitsandbytes_4bit(layer: nn.Module, weight: Any) -> Tensor:
     if state is None:
         raise ValueError("bitsandbytes quantises when the layer is moved to its device: call model.to(device) first")
     if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("bitsandbytes has repacked it for inference on this CPU and cannot train it any more: reload the model")
+        raise ValueError(
+            "bitsandbytes has repacked it for inference on this CPU and cannot train it any more: reload the model"
+        )
     return dequantize_4bit(weight.data.view(-1, 1), state)
 
 

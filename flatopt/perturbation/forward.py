@@ -268,7 +268,16 @@ def _input_like(view: WeightView) -> Tensor:
     if own is not None:
         return torch.empty(0, dtype=own, device=view.weight.parameter.device)
     weight = view.weight.parameter
-    for tensor in (weight, getattr(owner, "bias", None), getattr(owner, "scales", None), *(f[0] for f in view.update.factors)):
+    for tensor in (
+        weight,
+        getattr(owner, "bias", None),
+        getattr(owner, "scales", None),
+        *(f[0] for f in view.update.factors),
+    ):
         if isinstance(tensor, Tensor) and tensor.dtype in FLOATS:
-            return tensor.detach().new_empty(0) if type(tensor) in (Tensor, nn.Parameter) else torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return (
+                tensor.detach().new_empty(0)
+                if type(tensor) in (Tensor, nn.Parameter)
+                else torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            )
     return torch.empty(0, dtype=torch.get_default_dtype(), device=weight.device)

@@ -119,7 +119,9 @@ class NoisyWeight:
             weight = weight.permute(memory_order(weight)).flatten(1)
         return weight.t() if self.layout == "columns" else weight
 
-    def noisy_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
+    def noisy_rows(
+        self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None
+    ) -> Tensor:
         """W + ε as a matrix of type ``dtype``, rounded first to the type that W has. ``gradient``: given in backward."""
         kernels = _kernels(weight.device.type)
         if kernels is not None and not self.relative and self.shape[1] % 2 == 0 and not torch.compiler.is_compiling():
@@ -147,7 +149,9 @@ class NoisyWeight:
         kept = None if self.format is None else scaled_bytes(weight)
         return kernels.noisy_bytes(*kept, std, key, dtype) if kept is not None and dtype in kernels.DTYPES else None
 
-    def noise_rows(self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None) -> Tensor:
+    def noise_rows(
+        self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None
+    ) -> Tensor:
         """ε alone, for a layer whose output is not just x Wᵀ."""
         zero = std.new_zeros(self.shape, dtype=dtype)
         if torch.compiler.is_compiling():
@@ -162,7 +166,9 @@ class NoisyWeight:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable
+    ) -> Tensor:
         ctx.save_for_backward(weight, std, key)
         ctx.make, ctx.bias_shape = make, None if bias is None else bias.shape
         return F.linear(x, make(weight, std, key, x.dtype), bias)
@@ -285,7 +291,11 @@ class NoisyForward:
 
     def clean(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
-        return type(self.layer).forward(self.layer, *args, **kwargs) if self.replaced is None else self.replaced(*args, **kwargs)
+        return (
+            type(self.layer).forward(self.layer, *args, **kwargs)
+            if self.replaced is None
+            else self.replaced(*args, **kwargs)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on:

@@ -471,7 +471,9 @@ def test_a_new_plan_takes_the_layer_over():
     first.restore()
     view = view_of(layer, index=4)
     plan = perturbed(view)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias))
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias)
+    )
     detach([view.weight])
     assert "forward" not in layer.__dict__
 

@@ -58,7 +58,9 @@ def dense_at_noise(model, plan):
         owner = view.weight.owner
         weight = format_of(owner, "weight").dequantize(owner, owner.weight).float()
         linear = nn.Linear(weight.shape[1], len(weight), bias=False)
-        linear.weight = nn.Parameter(weight + plan.std_of(view) * normals(weight_key(KEY, view.index, 0), *weight.shape), requires_grad=False)
+        linear.weight = nn.Parameter(
+            weight + plan.std_of(view) * normals(weight_key(KEY, view.index, 0), *weight.shape), requires_grad=False
+        )
         twin.base_layer = linear
     return dense
 

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor, nn
 
 PACKED = ("W_q", "qweight")  # what layers without a ``weight`` call theirs: HQQ; GPTQ, AWQ and others
+ROUNDS_INPUTS = ("act_quant_kwargs", "activation_quantization", "activation_qtype")  # set by torchao, torchao and quanto
 FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
 class Format(NamedTuple):
     """How a layer keeps its weight W.
 
-    ``name``: as errors name it. ``dequantize(layer, weight)``: W as an ``(out, in)`` matrix of new memory; None where
-    flatopt knows no way. ``quantizes_inputs``: the layer rounds its inputs too, so that its output is not x Wᵀ.
+    ``name``: as errors name it. ``parameter``: the attribute that holds W. ``dequantize(layer, weight)``: W as an ``(out, in)``
+    matrix of new memory; None where flatopt knows no way. ``quantizes_inputs``: the layer rounds its inputs too, so that its
+    output is not x Wᵀ. ``has_linear``: torch's own linear layer works with this kind of tensor.
     """
 
     name: str
-    dequantize: Callable[[Any, Tensor], Tensor] | None
+    parameter: str
+    dequantize: Callable[[Any, Any], Tensor] | None
     quantizes_inputs: bool = False
+    has_linear: bool = False
 
 
 def packed_name(layer: nn.Module) -> "str | None":
@@ -32,26 +36,25 @@ def packed_name(layer: nn.Module) -> "str | None":
 
 def format_of(layer: nn.Module, name: str) -> "Format | None":
     """The quantised format of ``layer.name``; None for a plain floating-point weight."""
-    weight = getattr(layer, name)
+    weight: Any = getattr(layer, name)
     kind = type(weight)
+    if not isinstance(weight, Tensor):
+        return None
     if kind.__name__ == "Params4bit":
-        return Format(f"bitsandbytes {weight.quant_type}", _bitsandbytes_4bit)
+        return Format(f"bitsandbytes {getattr(weight, 'quant_type', kind.__name__)}", name, _bitsandbytes_4bit)
     if kind.__name__ == "Int8Params" and not weight.has_fp16_weights:
-        return Format("bitsandbytes int8", _bitsandbytes_int8, quantizes_inputs=True)
+        return Format("bitsandbytes int8", name, _bitsandbytes_int8, quantizes_inputs=True)
     if name == "W_q":
-        return Format("HQQ", lambda layer, weight: layer.dequantize())
+        return Format("HQQ", name, _hqq)
     for library, shown in (("torchao.", "torchao"), ("optimum.quanto.", "quanto")):
         if kind.__module__.startswith(library):
-            names = ("act_quant_kwargs", "activation_quantization", "activation_qtype")
-            inputs = next(
-                (i for holder in (weight, layer) for n in names if (i := getattr(holder, n, None)) is not None), None
-            )
-            read = (lambda layer, weight: weight.dequantize()) if hasattr(kind, "dequantize") else None
-            return Format(f"{shown} {kind.__name__}", read, quantizes_inputs=inputs is not None)
+            rounds = any(getattr(holder, n, None) is not None for holder in (weight, layer) for n in ROUNDS_INPUTS)
+            dequantize = _by_its_own if hasattr(kind, "dequantize") else None
+            return Format(f"{shown} {kind.__name__}", name, dequantize, quantizes_inputs=rounds, has_linear=True)
     if weight.dtype in FLOAT8 and isinstance(getattr(layer, "weight_scale_inv", None), Tensor):
-        return Format("fp8", _scaled_blocks, quantizes_inputs=True)
-    if name in PACKED or weight.dtype in FLOAT8 or not weight.dtype.is_floating_point:
-        return Format(f"{type(layer).__name__} ({str(weight.dtype).removeprefix('torch.')})", None)
+        return Format("fp8", name, _scaled_blocks, quantizes_inputs=True)
+    if name in PACKED or weight.dtype in FLOAT8 or not (weight.dtype.is_floating_point or weight.dtype.is_complex):
+        return Format(f"{type(layer).__name__} {str(weight.dtype).removeprefix('torch.')}", name, None)
     return None
 
 
@@ -63,7 +66,17 @@ def shape_of(layer: Any, name: str) -> "tuple[int, int] | None":
     return None if m is None or n is None else (m, n)
 
 
-def _bitsandbytes_4bit(layer: nn.Module, weight: Any) -> Tensor:
+def _hqq(layer: Any, weight: Any) -> Tensor:
+    numbers: Tensor = layer.dequantize()
+    return numbers
+
+
+def _by_its_own(layer: Any, weight: Any) -> Tensor:
+    numbers: Tensor = weight.dequantize()
+    return numbers
+
+
+def _bitsandbytes_4bit(layer: Any, weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     state = weight.quant_state
@@ -73,7 +86,8 @@ def _bitsandbytes_4bit(layer: nn.Module, weight: Any) -> Tensor:
         raise ValueError(
             "bitsandbytes has repacked it for inference on this CPU and cannot train it any more: reload the model"
         )
-    return dequantize_4bit(weight.data.view(-1, 1), state)
+    numbers: Tensor = dequantize_4bit(weight.data.view(-1, 1), state)
+    return numbers
 
 
 def _bitsandbytes_int8(layer: Any, weight: Any) -> Tensor:
@@ -82,7 +96,8 @@ def _bitsandbytes_int8(layer: Any, weight: Any) -> Tensor:
     scale = weight.SCB if weight.SCB is not None else layer.state.SCB  # the first forward moves it
     if scale is None:
         raise ValueError("bitsandbytes quantises when the layer is moved to its device: call model.to(device) first")
-    return int8_vectorwise_dequant(weight.data, scale)
+    numbers: Tensor = int8_vectorwise_dequant(weight.data, scale)
+    return numbers
 
 
 def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from torch import Tensor, nn
 
+from ..adapters.forwards import unsupported_reason
+from ..adapters.quantized import format_of
+from .flat_shards import sharding_reason
 from .sharding import local, splits_rows_only
 from .weight import FLOATS, OUTPUTS, AdaptedWeight
 
@@ -10,23 +13,31 @@ def check(weight: AdaptedWeight) -> None:
     """Raise unless ``weight`` can be perturbed now.
 
     Raises:
-        ValueError: a weight that is quantised, not loaded, of size 0, sharded along its inputs, trainable, merged or
+        ValueError: a weight of a kind that flatopt does not know, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
             offloaded; names it and the way out.
     """
     parameter, path = weight.parameter, weight.path
     tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
-    # a subclass of Tensor keeps other bits than it shows: bitsandbytes' Params4bit, torchao's
-    if hasattr(parameter, "quant_state") or type(tensor) not in (Tensor, nn.Parameter):
+    reason = sharding_reason(parameter, weight.owner)
+    if reason is not None:
+        raise ValueError(f"{path} cannot be perturbed: {reason}")
+    form = format_of(weight.owner, weight.name)
+    if form is not None and (reason := unsupported_reason(weight)) is not None:
         raise ValueError(
-            f"{path} is quantised ({type(tensor).__name__}): noise would be rounded away or break its format. Load "
-            "the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
+            f"{path} is quantised ({form.name}, {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}), so that "
+            f"its noise would have to come in the forward: {reason}"
         )
-    if tensor.dtype not in FLOATS:
+    if form is None and type(tensor) not in (Tensor, nn.Parameter):
         raise ValueError(
-            f"{path} is {str(tensor.dtype).removeprefix('torch.')}, a quantised or integer weight; flatopt perturbs "
-            "fp32, bf16, fp16 and fp64. Load the base model unquantised, or leave the layer out with [{'modules': [...]}]"
+            f"{path} is a {type(tensor).__name__}, a kind of tensor that flatopt does not know and that may keep other bits "
+            "than it shows. Load the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
+        )
+    if form is None and tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path} is {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs fp32, bf16, fp16 and fp64. Load the base "
+            "model in one of these, or leave the layer out with [{'modules': [...]}]"
         )
     if tensor.device.type == "meta":
         raise ValueError(

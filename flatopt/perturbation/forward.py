@@ -1,6 +1,6 @@
 r"""``restore="forward"``: noise in the layers' own forward, W never written to; the way for quantised weights.
 
-:math:`y = x\,(\operatorname{dequant}(W) + \varepsilon)^\top + b`, see :mod:`flatopt.perturbation.noisy`. Where flatopt cannot
+:math:`y = x\,(\operatorname{dequant}(W) + \varepsilon)^\top + b`, see :mod:`flatopt.perturbation.noisy_layers`. Where flatopt cannot
 dequantise, or the layer rounds its inputs too, :math:`y = \text{layer}(x) + x\,\varepsilon^\top`. To perturb is to switch the
 layers' noise on; to restore, off.
 """
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.quantized import Format, format_of, shape_of
-from ..core.sharding import is_sharded
+from ..adapters.forwards import computes, unsupported_reason
+from ..adapters.quantized import format_of, shape_of
 from ..core.weight import FLOATS, AdaptedWeight, WeightView
 from ..ops.noise import Key, signed, weight_key
 from ..ops.norms import row_square_sums
 from ..ops.norms import square_sums as weight_square_sums
-from . import noisy
+from . import noisy_layers
 
 IDENTITY_ROWS = 256  # inputs at a time where W is asked for by multiplying it with the identity
 
@@ -28,49 +28,7 @@ def forward_reason(weight: AdaptedWeight) -> "str | None":
     return None if form is None else form.name
 
 
-def unsupported_reason(weight: AdaptedWeight, noise: str) -> "str | None":
-    """Why noise in the layer's forward would not be the same as noise on this weight, and what to do; None if it would."""
-    layer, owner = weight.layer, weight.owner
-    form = format_of(owner, weight.name)
-    instead = 'load the base model unquantised, or leave the layer out with [{"modules": [...]}]'
-    if form is None:
-        instead = 'use restore="reversible" there'
-    if is_sharded(weight.parameter):
-        return f'it is sharded, and restore="forward" needs the whole weight: {instead}'
-    if weight.rebuilt or weight.layout == "experts" or hasattr(layer, "parameter_name"):
-        return f"{type(layer).__name__} reads it without calling {type(owner).__name__}.forward: {instead}"
-    if _computation(owner, form) is None and shape_of(owner, weight.name) is None:
-        return f"flatopt does not know what {type(owner).__name__}.forward does with it: {instead}"
-    if noise == "element" and _adds(form):
-        return f'noise="element" follows |W|, which a {form.name if form else ""} layer does not tell: use noise="filter"'
-    if type(layer).__module__.startswith("peft.tuners.hira"):
-        return f"HiRA reads W a second time, for its update: {instead}"
-    magnitudes = getattr(layer, "lora_magnitude_vector", {})
-    if any(name in magnitudes and not isinstance(layer.lora_dropout[name], nn.Identity) for name in _active(layer)):
-        return f"DoRA with lora_dropout > 0 reads W a second time, without the noise: set lora_dropout=0, or {instead}"
-    return None
-
-
-def _active(layer: Any) -> "list[str]":
-    return list(getattr(layer, "active_adapters", ()))
-
-
-def _computation(owner: nn.Module, form: "Format | None") -> Any:
-    """What computes this layer's output at W + ε; None where x εᵀ has to be added to the layer's own output, or nothing can."""
-    forward = type(owner).forward
-    if form is not None:
-        return None if _adds(form) else noisy.linear
-    if forward is nn.Linear.forward or type(owner).__name__ == "Conv1D":
-        return noisy.linear
-    if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
-        return noisy.conv
-    if forward is nn.Embedding.forward and getattr(owner, "max_norm", None) is None:
-        return noisy.embedding
-    return None
-
-
-def _adds(form: "Format | None") -> bool:
-    return form is not None and (form.dequantize is None or form.quantizes_inputs)
+COMPUTATIONS = {"linear": noisy_layers.linear, "conv": noisy_layers.conv, "embedding": noisy_layers.embedding}
 
 
 class ForwardPlan:
@@ -90,7 +48,7 @@ class ForwardPlan:
             reason = unsupported_reason(view.weight, noise)
             if reason is not None:
                 raise ValueError(f"{view.weight.path} cannot get noise in the forward: {reason}")
-        self._layers: list[noisy.NoisyForward] = []
+        self._layers: list[noisy_layers.NoisyForward] = []
         self._keys: dict[torch.device, Tensor] = {}
         self._key: Key | None = None
         for number, view in enumerate(self.views):
@@ -99,8 +57,8 @@ class ForwardPlan:
             keys = self._keys.setdefault(device, torch.zeros(len(self.views), 2, dtype=torch.int32, device=device))
             rows = view.weight.rows(view.weight.parameter).shape[0] if form is None else shape_of(owner, name)[0]
             std = torch.zeros(rows if noise == "filter" else 1, 1, device=device)
-            weight = noisy.NoisyWeight(view.weight, form, std, keys[number], relative=noise == "element")
-            self._layers.append(noisy.noisy_forward(weight, _computation(owner, form)))
+            weight = noisy_layers.NoisyWeight(view.weight, form, std, keys[number], relative=noise == "element")
+            self._layers.append(noisy_layers.noisy_forward(weight, COMPUTATIONS.get(str(computes(owner, form)))))
 
     @torch.no_grad()
     def fill_std(self, sigma: float) -> None:
@@ -122,7 +80,7 @@ class ForwardPlan:
 
     def std_of(self, view: WeightView) -> Tensor:
         """The std of a weight's noise: float32 ``(m, 1)`` or ``(1, 1)``, in units of \\|W\\| with ``noise="element"``."""
-        return self._layers[self.views.index(view)].noisy.std
+        return self._layers[self.views.index(view)].noisy_layers.std
 
     @torch.no_grad()
     def perturb(self, key: Key) -> None:
@@ -156,7 +114,7 @@ class ForwardPlan:
 def detach(weights: "Iterable[AdaptedWeight]") -> None:
     """Give the layers of ``weights`` their own forward back: no optimizer perturbs them any more."""
     for weight in weights:
-        noisy.remove(weight.owner)
+        noisy_layers.remove(weight.owner)
 
 
 # --- row norms of the merged weight ---------------------------------------------------------------------------------------
@@ -164,7 +122,7 @@ def detach(weights: "Iterable[AdaptedWeight]") -> None:
 BATCHED_ON = {"cuda"}  # device types on which the number of operations counts
 
 
-def square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForward]") -> "list[Tensor]":
+def square_sums(views: "list[WeightView]", layers: "list[noisy_layers.NoisyForward]") -> "list[Tensor]":
     """Per row of each merged weight the sum of squares, float32 ``(m,)``; 0 for a row with inf or NaN, which gets no noise."""
     found: dict[int, Tensor] = {}
     batches: dict[tuple[Any, ...], list[int]] = {}
@@ -180,7 +138,7 @@ def square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForward]") -
     return [found[i] for i in range(len(views))]
 
 
-def _square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
+def _square_sums(view: WeightView, layer: "noisy_layers.NoisyForward") -> Tensor:
     form, weight = layer.noisy.format, view.weight
     if view.update.row_norm is not None:
         return view.update.row_norm.detach().float().square()
@@ -192,7 +150,7 @@ def _square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
     return row_square_sums(rows, view.update, view.square_sums)
 
 
-def _batch_kind(view: WeightView, layer: "noisy.NoisyForward") -> "tuple[Any, ...] | None":
+def _batch_kind(view: WeightView, layer: "noisy_layers.NoisyForward") -> "tuple[Any, ...] | None":
     """What layers have in common whose sums are found together; None for one that is none of them."""
     form, update, device = layer.noisy.format, view.update, layer.noisy.std.device
     multiplies = form is not None and not form.quantizes_inputs
@@ -205,7 +163,7 @@ def _batch_kind(view: WeightView, layer: "noisy.NoisyForward") -> "tuple[Any, ..
     return device, B.shape, A.shape, B.dtype, A.dtype, scaling, _input_like(view).dtype
 
 
-def _batch_square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForward]") -> Tensor:
+def _batch_square_sums(views: "list[WeightView]", layers: "list[noisy_layers.NoisyForward]") -> Tensor:
     """``(layers, m)``, from W Aᵀ as the layer's answer to A, which for a few rows need not make W."""
     for view, layer in zip(views, layers):
         if view.square_sums is None:
@@ -219,7 +177,7 @@ def _batch_square_sums(views: "list[WeightView]", layers: "list[noisy.NoisyForwa
     return total.add_((B * cross).sum(2), alpha=2).add_(((B @ (A @ A.mT)) * B).sum(2)).clamp_min_(0.0)
 
 
-def _own_square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
+def _own_square_sums(view: WeightView, layer: "noisy_layers.NoisyForward") -> Tensor:
     """Of W alone."""
     form = layer.noisy.format
     if form is None or form.dequantize is not None:
@@ -228,7 +186,7 @@ def _own_square_sums(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _columns(layer: "noisy.NoisyForward", like: Tensor) -> "Iterator[tuple[int, Tensor]]":
+def _columns(layer: "noisy_layers.NoisyForward", like: Tensor) -> "Iterator[tuple[int, Tensor]]":
     """W some columns at a time, transposed, as the layer's answer to the identity: (first column, ``(k, rows)``)."""
     fan_in = layer.noisy.shape[1]
     for start in range(0, fan_in, IDENTITY_ROWS):
@@ -237,12 +195,12 @@ def _columns(layer: "noisy.NoisyForward", like: Tensor) -> "Iterator[tuple[int, 
         yield start, _answer(layer, identity)
 
 
-def _answer(layer: "noisy.NoisyForward", x: Tensor) -> Tensor:
+def _answer(layer: "noisy_layers.NoisyForward", x: Tensor) -> Tensor:
     y, bias = layer.clean(x), getattr(layer.layer, "bias", None)
     return (y if bias is None else y - bias).float()
 
 
-def _square_sums_by_forward(view: WeightView, layer: "noisy.NoisyForward") -> Tensor:
+def _square_sums_by_forward(view: WeightView, layer: "noisy_layers.NoisyForward") -> Tensor:
     """Where only the layer itself can multiply with W: W Aᵀ is its answer to A, W that to the identity."""
     update, like = view.update, _input_like(view)
     if update.dense is not None:

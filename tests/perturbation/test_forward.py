@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flatopt.adapters.forwards import unsupported_reason
 from flatopt.adapters.quantized import format_of, packed_name
 from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
 from flatopt.ops.noise import normals, step_key, weight_key
 from flatopt.perturbation import forward
-from flatopt.perturbation.forward import ForwardPlan, detach, forward_reason, unsupported_reason
+from flatopt.perturbation.forward import ForwardPlan, detach, forward_reason
 
 ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
 
@@ -179,7 +180,7 @@ def test_a_layer_that_cannot_be_dequantised_gets_x_epsilon_added(make):
     clean.sum().backward()
     clean_gradient, x.grad = x.grad, None
 
-    plan = perturbed(view_of(layer, update=update))
+    perturbed(view_of(layer, update=update))
     y = layer(x)
     y.sum().backward()
     eps = std_of(weight, update) * epsilon(weight.shape)

@@ -106,7 +106,7 @@ def test_loss_and_adapter_gradients_are_the_dense_models(folder, quantization, b
 def test_int8_trains_with_the_noise_added(folder):
     model, tokens = qlora(folder, load_in_8bit=True), torch.randint(64, (2, 16))
     plan = ForwardPlan(views_of(model), "filter")
-    clean, clean_gradients = loss_and_gradients(model, tokens)
+    _, clean_gradients = loss_and_gradients(model, tokens)
     plan.fill_std(0.2)
     plan.perturb(KEY)
     loss, gradients = loss_and_gradients(model, tokens)

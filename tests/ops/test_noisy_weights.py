@@ -35,7 +35,7 @@ def noise_of(rows, per_row=True):
 
 
 def check(made, clean, std, key):
-    from flatopt.perturbation.noisy import add_torch_noise_
+    from flatopt.perturbation.noisy_layers import add_torch_noise_
 
     expected = add_torch_noise_(clean.clone(), std, key, False)
     assert made.dtype == clean.dtype
@@ -50,7 +50,7 @@ def check(made, clean, std, key):
 @pytest.mark.parametrize("shape", [(33, 64), (5, 518), (1, 2)])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_noise_on_a_plain_weight(dtype, shape, per_row):
-    from flatopt.ops.triton.noisy import add_noise_
+    from flatopt.ops.triton.noisy_weights import add_noise_
 
     weight = torch.randn(shape, dtype=dtype, device=DEVICE)
     std, key = noise_of(shape[0], per_row)
@@ -64,7 +64,7 @@ def test_noise_on_a_plain_weight(dtype, shape, per_row):
 @pytest.mark.parametrize("blocksize", [64, 128])
 def test_noise_on_four_bits(dtype, kind, nested, blocksize):
     bnb = pytest.importorskip("bitsandbytes")
-    from flatopt.ops.triton.noisy import noisy_4bit
+    from flatopt.ops.triton.noisy_weights import noisy_4bit
 
     shape = 40, 1000  # blocks straddle rows, and there is more than one block of blocks
     options = {"blocksize": blocksize, "compress_statistics": nested, "quant_type": kind, "requires_grad": False}
@@ -76,7 +76,7 @@ def test_noise_on_four_bits(dtype, kind, nested, blocksize):
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_on_bytes(dtype):
-    from flatopt.ops.triton.noisy import noisy_bytes
+    from flatopt.ops.triton.noisy_weights import noisy_bytes
 
     elements = torch.randint(-128, 128, (33, 70), dtype=torch.int8, device=DEVICE)
     scales = torch.rand(33, 1, device=DEVICE) / 127
@@ -90,8 +90,8 @@ def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
     from flatopt.adapters.quantized import scaled_bytes
     from flatopt.core.weight import AdaptedWeight, WeightView
     from flatopt.ops.noise import step_key
-    from flatopt.ops.triton import noisy as kernels
-    from flatopt.perturbation import noisy
+    from flatopt.ops.triton import noisy_weights as kernels
+    from flatopt.perturbation import noisy_layers
     from flatopt.perturbation.forward import ForwardPlan
 
     layer = torch.nn.Linear(64, 24).requires_grad_(False)
@@ -117,7 +117,7 @@ def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
     x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
     outputs = []
     for device_types in ({DEVICE}, set()):
-        monkeypatch.setattr(noisy, "FUSED_ON", device_types)
+        monkeypatch.setattr(noisy_layers, "FUSED_ON", device_types)
         y = layer(x)
         y.square().sum().backward()
         outputs += [(y, x.grad)]

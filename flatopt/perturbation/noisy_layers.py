@@ -68,10 +68,10 @@ def _kernels(device_type: str) -> Any:
 @functools.cache
 def _triton() -> Any:
     try:
-        from ..ops.triton import noisy
+        from ..ops.triton import noisy_weights
     except ImportError:  # no Triton, or too old a one
         return None
-    return noisy
+    return noisy_weights
 
 
 # To torch.compile, adding ε is one opaque operation. There are two of them, as it makes equal operations once and keeps the

@@ -84,7 +84,7 @@ def takes(shape: "tuple[int, ...] | torch.Size", dtype: torch.dtype) -> bool:
 
 
 def add_noise_(rows: Tensor, std: Tensor, key: Tensor) -> Tensor:
-    """``rows``, a contiguous matrix, += std × normals, as :func:`flatopt.perturbation.noisy.add_noise_`."""
+    """``rows``, a contiguous matrix, += std × normals, as :func:`flatopt.perturbation.noisy_layers.add_noise_`."""
     return _launch(rows, _words(rows), std, key, PLAIN)
 
 

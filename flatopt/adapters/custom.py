@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Singleton, joined
+from .quantized import shaped
 from .libraries import LIBRARIES
 
 Base = Tensor | tuple[nn.Module, str]  # a parameter inside the module, or (its owner, its name) wherever that is
@@ -101,7 +102,7 @@ class Custom(Singleton):
         for weight in weights:
             try:
                 delta = cast(LowRank, low_rank_of(weight.layer)).delta(weight.layer)
-                updates.append(_as_update(delta, weight.parameter, weight.layout))
+                updates.append(_as_update(delta, shaped(weight.owner, weight.name), weight.layout))
             except ValueError as error:
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates

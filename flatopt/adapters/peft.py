@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Singleton, joined
-from .quantized import format_of, packed_name, shape_of
+from .quantized import format_of, packed_name, shaped
 
 # Families (folders of peft.tuners) that apply W plus an update they can tell, so that a move of W moves what the layer
 # applies one to one. Each is held to that by tests/adapters/test_conformance.py; what is not in here is refused by name.
@@ -232,10 +232,9 @@ def _numbers(weight: AdaptedWeight) -> Tensor:
     reads = several or not all(_in_factors(getattr(layer, "lora_variant", {}).get(name)) for name in names)
     if reads and form.dequantize is not None:
         return form.dequantize(weight.owner, weight.parameter)
-    shape = shape_of(weight.owner, weight.name)
-    if shape is None or reads:
+    if reads:
         raise ValueError(f"its update needs W, which a {form.name} layer does not tell")
-    return torch.empty(shape, device="meta")
+    return shaped(weight.owner, weight.name)
 
 
 def _of_one(layer: Any, weight: Tensor) -> WeightUpdate:

@@ -66,6 +66,13 @@ def shape_of(layer: Any, name: str) -> "tuple[int, int] | None":
     return None if m is None or n is None else (m, n)
 
 
+def shaped(layer: nn.Module, name: str) -> Tensor:
+    """``layer.name`` itself, or where it is quantised a tensor of its shape as numbers, without memory."""
+    weight: Tensor = getattr(layer, name)
+    shape = None if format_of(layer, name) is None else shape_of(layer, name)
+    return weight if shape is None else torch.empty(shape, device="meta")
+
+
 def _hqq(layer: Any, weight: Any) -> Tensor:
     numbers: Tensor = layer.dequantize()
     return numbers

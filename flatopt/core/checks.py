@@ -9,35 +9,40 @@ from .sharding import local, splits_rows_only
 from .weight import FLOATS, OUTPUTS, AdaptedWeight
 
 
-def check(weight: AdaptedWeight) -> None:
-    """Raise unless ``weight`` can be perturbed now.
+WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
+
+
+def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
+    """Raise unless ``weight`` can be perturbed now; with ``in_forward``, in its layer's forward where it is quantised.
 
     Raises:
-        ValueError: a weight of a kind that flatopt does not know, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
+        ValueError: a weight that is quantised, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
             offloaded; names it and the way out.
     """
     parameter, path = weight.parameter, weight.path
     tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
+    if type(tensor).__name__ == "FakeTensor":
+        raise ValueError(
+            f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model with "
+            "the bare optimizer: flatopt adds 8 bytes a row of W"
+        )
     reason = sharding_reason(parameter, weight.owner)
     if reason is not None:
         raise ValueError(f"{path} cannot be perturbed: {reason}")
     form = format_of(weight.owner, weight.name)
-    if form is not None and (reason := unsupported_reason(weight)) is not None:
+    if form is not None:
+        reason = unsupported_reason(weight) if in_forward else f"noise would be rounded away or break its format. {WAY_OUT}"
+        if reason is not None:
+            kind = f"{form.name}: {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
+            where = ", and cannot get its noise in the forward either" if in_forward else ""
+            raise ValueError(f"{path} is quantised ({kind}){where}: {reason}")
+    # another subclass of Tensor may keep other bits than it shows
+    elif type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{path} is quantised ({form.name}, {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}), so that "
-            f"its noise would have to come in the forward: {reason}"
-        )
-    if form is None and type(tensor) not in (Tensor, nn.Parameter):
-        raise ValueError(
-            f"{path} is a {type(tensor).__name__}, a kind of tensor that flatopt does not know and that may keep other bits "
-            "than it shows. Load the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
-        )
-    if form is None and tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{path} is {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs fp32, bf16, fp16 and fp64. Load the base "
-            "model in one of these, or leave the layer out with [{'modules': [...]}]"
+            f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain tensors "
+            f"of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
         )
     if tensor.device.type == "meta":
         raise ValueError(

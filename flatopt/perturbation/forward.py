@@ -80,7 +80,7 @@ class ForwardPlan:
 
     def std_of(self, view: WeightView) -> Tensor:
         """The std of a weight's noise: float32 ``(m, 1)`` or ``(1, 1)``, in units of \\|W\\| with ``noise="element"``."""
-        return self._layers[self.views.index(view)].noisy_layers.std
+        return self._layers[self.views.index(view)].noisy.std
 
     @torch.no_grad()
     def perturb(self, key: Key) -> None:
@@ -89,7 +89,7 @@ class ForwardPlan:
             self._key = None
             words = []
             for view in self.views:
-                own = weight_key(key, view.index, view.part)
+                own = weight_key(key, view.index)
                 words.append([signed(own[0]), signed(own[1])])
             for device, keys in self._keys.items():
                 host = torch.tensor(words, dtype=torch.int32)
@@ -111,7 +111,7 @@ class ForwardPlan:
         """Nothing to drop: a plan holds no weight's memory."""
 
 
-def detach(weights: "Iterable[AdaptedWeight]") -> None:
+def own_forwards(weights: "Iterable[AdaptedWeight]") -> None:
     """Give the layers of ``weights`` their own forward back: no optimizer perturbs them any more."""
     for weight in weights:
         noisy_layers.remove(weight.owner)

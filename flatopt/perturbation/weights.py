@@ -4,20 +4,24 @@ import bisect
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
 from ..core.sharding import first_row, fsdp_modules, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
-from ..ops import Plan, plan
+from ..ops import RESTORES as IN_PLACE
+from ..ops import Plan, plan, writing
+from .forward import ForwardPlan, own_forwards
 from .interrupts import uninterrupted
 from .noise import NoiseRequest
 
+RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
@@ -25,8 +29,7 @@ _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    # the weights are moved by plain operations: no graph, and version counters that move
-    with uninterrupted(), torch.inference_mode(False), torch.no_grad():
+    with uninterrupted(), writing():
         yield
 
 
@@ -43,7 +46,8 @@ class PerturbedWeights:
         self.state = CLEAN
         self.held = False  # inside ``with perturbed()``: forwards move nothing
         self.thread = 0  # that perturbed them
-        self.detached_by = ""
+        self.taken_over = ""  # a weight that a newer optimizer perturbs now
+        self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
         self._versions: list[tuple[WeightView, int]] = []
@@ -213,7 +217,7 @@ class PerturbedWeights:
         for look in self._looks:
             for view in look.views:
                 if view.tensor is not None:
-                    now = local(view.weight.parameter.detach())
+                    now = view.weight.weight
                     if now.data_ptr() != view.tensor.data_ptr() and now.shape == view.tensor.shape:
                         now.copy_(view.tensor)
 
@@ -231,9 +235,15 @@ class PerturbedWeights:
             self.restore()
         finally:
             _attached.discard(self)
+            own_forwards(self.weights())
 
     def weights(self) -> "list[AdaptedWeight]":
         return [weight for group in self.groups for weight in group["targets"]]
+
+    def lie_inside(self, module: nn.Module) -> bool:
+        """Whether any of the weights, or a layer that adapts one, is part of ``module``."""
+        inside = set(module.modules())
+        return any(weight.owner in inside or weight.layer in inside for weight in self.weights())
 
     def memory(self) -> "list[tuple[int, int, AdaptedWeight]]":
         """(start, end) of what each weight occupies."""
@@ -263,6 +273,13 @@ class PerturbedWeights:
                 )
 
 
+def restore_inside(module: nn.Module) -> None:
+    """Restore the weights of every optimizer that has some inside ``module``."""
+    for weights in list(_attached):
+        if weights.state != CLEAN and weights.lie_inside(module):
+            weights.restore()
+
+
 class GroupLook:
     """What was seen of a group's weights, kept from step to step: what is seen again is not worked out again.
 
@@ -279,6 +296,7 @@ class GroupLook:
         self._known: list[WeightView | None] = []
         self._seen: list[tuple[Any, ...]] = []
         self._keys: list[Any] = []
+        self._quantised: list[bool] = []
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> "list[Plan]":
         parameters = [weight.parameter for weight in weights]
@@ -286,32 +304,42 @@ class GroupLook:
         if self._settings != settings:
             self._settings, self._weights, self._seen = settings, weights, [()] * len(weights)
             self._known: list[WeightView | None] = [None] * len(weights)
+            self._quantised = [False] * len(weights)
             self.plans = []
         for weight, parameter, seen in zip(weights, parameters, self._seen):
             if not seen or seen[0] != id(parameter):
-                check(weight)  # before anything is asked of what may be no tensor, or a quantised one
+                check(weight, in_forward=True)  # before anything is asked of what may be no tensor
         tensors = [local(p.detach()) for p in parameters]
         seen = [
-            (id(p), t.data_ptr(), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
+            (id(p), t.data_ptr() or data_ptr(p), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
             for w, p, t in zip(weights, parameters, tensors)
         ]
         if seen != self._seen:
             for i, now in enumerate(seen):
                 if now != self._seen[i]:
                     if self._seen[i] and self._seen[i][0] == now[0]:
-                        check(weights[i])
+                        check(weights[i], in_forward=True)
+                    self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
             self._seen, self.plans = seen, []
         views = [view for view in self._known if view is not None]
-        for view, parameter, tensor in zip(views, parameters, tensors):
-            view.parameter, view.tensor, view.rows = parameter, tensor, view.weight.rows(tensor)
+        for view, parameter, tensor, quantised in zip(views, parameters, tensors, self._quantised):
+            view.parameter, view.tensor = parameter, None if quantised else tensor
+            view.rows = None if quantised else view.weight.rows(tensor)
         self.views = [view for view, now in zip(views, seen) if not (now[1] in taken or taken.add(now[1]))]
         self._look_at_updates(restore)
         if not self.plans:
             self.exact = restore != "subtract"
-            kept = [view for view in self.views if not view.weight.rebuilt]
-            rebuilt = [view for view in self.views if view.weight.rebuilt]
+            inside = [view for view in self.views if restore == "forward" or view.tensor is None]
+            kept = [view for view in self.views if view not in inside and not view.weight.rebuilt]
+            rebuilt = [view for view in self.views if view not in inside and view.weight.rebuilt]
+            if noise == "isotropic" and inside and len(inside) < len(self.views):
+                raise ValueError(
+                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others are "
+                    "not. Put them into groups of their own, or use restore='forward' for all"
+                )
             self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
+            self.plans += [ForwardPlan(inside, noise)] if inside else []
         return self.plans
 
     def _look_at_updates(self, restore: str) -> None:
@@ -326,9 +354,9 @@ class GroupLook:
             return
         for batch in batches.values():
             for view, update in zip(batch, batch[0].weight.adapter.updates([view.weight for view in batch])):
-                assert view.parameter is not None and view.tensor is not None
+                assert view.parameter is not None
                 mine = local_update(update, view.parameter)
-                view.update = in_memory_order(mine, view.tensor, view.weight.layout)
+                view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
         self._keys, self.plans = keys, []
 
     def note_versions(self) -> None:
@@ -361,7 +389,7 @@ def _refuse_written(lost: "Sequence[WeightView]") -> None:
 
 def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":
     try:
-        tensor = local(weight.parameter)
+        tensor = weight.weight
         start = tensor.data_ptr()
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
         return (start, start + reach * tensor.element_size()) if start and tensor.numel() else None
@@ -393,7 +421,7 @@ def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
 
 
 def _shares_elements(one: AdaptedWeight, other: AdaptedWeight) -> bool:
-    a, b = local(one.parameter.detach()), local(other.parameter.detach())
+    a, b = one.weight, other.weight
     size = a.element_size()
     if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size:
         return True

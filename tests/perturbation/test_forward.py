@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flatopt import FlatPerturbOptimizer
 from flatopt.adapters.forwards import unsupported_reason
 from flatopt.adapters.quantized import format_of, packed_name
 from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
 from flatopt.ops.noise import normals, step_key, weight_key
 from flatopt.perturbation import forward
-from flatopt.perturbation.forward import ForwardPlan, detach, forward_reason
+from flatopt.perturbation.forward import ForwardPlan, forward_reason, own_forwards
 
 ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
 
@@ -132,7 +133,7 @@ def perturbed(view, noise="filter", key=KEY):
 
 def epsilon(shape, index=3, key=KEY):
     """Standard normals of the noise, as the plans that write W draw them."""
-    return normals(weight_key(key, index, 0), *shape)
+    return normals(weight_key(key, index), *shape)
 
 
 def dequantized(layer):
@@ -199,7 +200,7 @@ def test_switched_off_the_layer_does_what_it_did(make):
     assert not torch.equal(layer(x), before)
     plan.restore()
     assert torch.equal(layer(x), before)
-    detach([view.weight])
+    own_forwards([view.weight])
     assert "forward" not in layer.__dict__
     assert torch.equal(layer(x), before)
 
@@ -461,7 +462,7 @@ def test_accelerates_hooks_go_on_around_the_noise():
     y = layer(x)
     expected = F.linear(2 * x, layer.weight + epsilon(layer.weight.shape) * plan.std_of(view), layer.bias)
     torch.testing.assert_close(y, expected)
-    detach([view.weight])
+    own_forwards([view.weight])
     assert torch.equal(layer(x), F.linear(2 * x, layer.weight, layer.bias))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
@@ -475,7 +476,7 @@ def test_a_new_plan_takes_the_layer_over():
     torch.testing.assert_close(
         layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias)
     )
-    detach([view.weight])
+    own_forwards([view.weight])
     assert "forward" not in layer.__dict__
 
 
@@ -509,6 +510,63 @@ def test_compiled_without_a_break_once_for_all_steps(make):
     assert len(compilations) == 1
     plan.restore()
     assert torch.equal(compiled(x), net(x))
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.B, self.A = layer, nn.Parameter(torch.randn(ROWS, 4)), nn.Parameter(torch.randn(4, FAN_IN))
+
+    def low_rank_base(self):
+        return self.layer.weight
+
+    def low_rank_delta(self):
+        return self.B, self.A, 0.5
+
+    def forward(self, x):
+        return self.layer(x) + 0.5 * x @ self.A.t() @ self.B.t()
+
+
+@pytest.mark.parametrize("noise", ["filter", "layer", "isotropic", "element"])
+def test_a_run_with_noise_in_the_forward_is_the_run_with_a_copy(noise):
+    runs = []
+    for restore in ("copy", "forward"):
+        torch.manual_seed(0)
+        net = nn.Sequential(Adapted(plain()), nn.Tanh())
+        bare = torch.optim.AdamW([net[0].A, net[0].B], lr=1e-2)
+        optimizer = FlatPerturbOptimizer(bare, net, sigma=0.3, schedule="constant", noise=noise, restore=restore)
+        for _ in range(4):
+            net(torch.randn(8, FAN_IN)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([net[0].A.detach().clone(), net[0].B.detach().clone()])
+        optimizer.detach()
+        assert "forward" not in net[0].layer.__dict__
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
+def test_every_format_trains_under_the_optimizer(make):
+    layer = build(make)
+    if packed_name(layer) != "weight":
+        pytest.skip("PEFT's own layers hold it")
+    net, x = nn.Sequential(Adapted(layer)).to(layer.bias.dtype), torch.randn(8, FAN_IN, dtype=layer.bias.dtype)
+    bare = torch.optim.SGD([net[0].A, net[0].B], lr=1e-3)
+    with FlatPerturbOptimizer(bare, net, sigma=0.3, schedule="constant") as optimizer:
+        clean = net.eval()(x)
+        outputs = []
+        for _ in range(2):
+            outputs.append(net.train()(x))
+            outputs[-1].float().sum().backward()
+            assert torch.equal(net.eval()(x), clean)
+            assert torch.equal(net.train()(x), outputs[-1])
+            net[0].A.grad = net[0].B.grad = None  # the noise alone is to change
+            optimizer.step()
+        assert not torch.equal(outputs[0], clean)
+        assert not torch.equal(outputs[0], outputs[1])
 
 
 # --- refused by name ------------------------------------------------------------------------------------------------------

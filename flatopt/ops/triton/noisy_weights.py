@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import APPROX, _add, _normals, _round, _sub_key
+from .kernels import APPROX, _add, _normals, _round, _sub_key
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PLAIN, FOUR_BITS, FOUR_BITS_TWICE, BYTES = 0, 1, 2, 3  # how W is kept; TWICE: the scales are quantised themselves

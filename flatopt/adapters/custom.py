@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Base, Delta, LowRank, Singleton, joined
 from .libraries import LIBRARIES
+from .quantized import shaped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +100,7 @@ class Custom(Singleton):
         for weight in weights:
             try:
                 delta = cast(LowRank, low_rank_of(weight.layer)).delta(weight.layer)
-                updates.append(_as_update(delta, weight.parameter, weight.layout))
+                updates.append(_as_update(delta, shaped(weight.owner, weight.name), weight.layout))
             except ValueError as error:
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates

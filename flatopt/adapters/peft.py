@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Singleton, joined
+from .quantized import format_of, packed_name, shaped
 
 # Families (folders of peft.tuners) that apply W plus an update they can tell, so that a move of W moves what the layer
 # applies one to one. Each is held to that by tests/adapters/test_conformance.py; what is not in here is refused by name.
@@ -94,14 +95,14 @@ class Peft(Singleton):
         if len(chain) > 1 and any(getattr(link, "lora_magnitude_vector", None) for link in chain):
             raise ValueError(f"{path} has a DoRA adapter and one of another method on one weight. {WAY_OUT}")
         base = layer.get_base_layer()
-        name = getattr(layer, "parameter_name", "weight")  # lora.ParamWrapper names its own
+        name = getattr(layer, "parameter_name", None) or packed_name(base) or "weight"  # lora.ParamWrapper names its own
         attention = isinstance(base, nn.MultiheadAttention)
         if attention:
             name = "in_proj_weight"
         if not isinstance(getattr(base, name, None), Tensor):
             raise ValueError(
-                f"{path} has no base weight {name!r} that can be perturbed (GPTQ, AWQ and HQQ layers keep it packed). Load "
-                "the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+                f"{path} has no base weight {name!r}: its {type(base).__name__} is packed in a way that flatopt does not "
+                "know. Load the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
             )
         wrapper = hasattr(layer, "parameter_name")
         experts = wrapper and getattr(base, name).dim() == 3
@@ -134,7 +135,7 @@ class Peft(Singleton):
                 updates.append(WeightUpdate(factors=((B, A, scaling),), row_norm=row_norm))
                 continue
             try:
-                updates.append(_update(weight.layer, weight.parameter.detach()))
+                updates.append(_update(weight.layer, _numbers(weight)))
             except ValueError as error:
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates
@@ -220,6 +221,22 @@ def _update(layer: Any, weight: Tensor) -> WeightUpdate:
     if not dense:
         return WeightUpdate(factors=factors)
     return WeightUpdate(dense=sum((s * (B @ A) for B, A, s in factors), sum(dense[1:], dense[0])))
+
+
+def _numbers(weight: AdaptedWeight) -> Tensor:
+    """The weight as numbers; of a quantised one the shape alone, without memory, where the update follows from no more."""
+    form = format_of(weight.owner, weight.name)
+    if form is None:
+        return weight.parameter.detach()
+    layer: Any = weight.layer
+    names = [name for name in layer.active_adapters if _has(layer, name)]
+    several = len(names) > 1 and any(name in getattr(layer, "lora_magnitude_vector", {}) for name in names)
+    reads = several or not all(_in_factors(getattr(layer, "lora_variant", {}).get(name)) for name in names)
+    if reads and form.dequantize is not None:
+        return form.dequantize(weight.owner, weight.parameter)
+    if reads:
+        raise ValueError(f"its update needs W, which a {form.name} layer does not tell")
+    return shaped(weight.owner, weight.name)
 
 
 def _of_one(layer: Any, weight: Tensor) -> WeightUpdate:

@@ -11,14 +11,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
+from ..adapters.quantized import format_of
 from ..core.checks import check
 from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
-from ..ops import NOISES, RESTORES
+from ..core.weight import AdaptedWeight
+from ..ops import NOISES
 from ..perturbation.hooks import Doors, listen
 from ..perturbation.noise import NoiseRequest
-from ..perturbation.weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights, refuse_overlapping
+from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights, refuse_overlapping
 from .groups import read_groups
 from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
@@ -63,14 +66,16 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
-            for comparison).
+            for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε again
+            in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
+            GPTQ, AWQ) always get the last.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the value; and for targets that cannot be perturbed
-            (none found, quantised, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
+            (none found, quantised in an unknown way, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
             out. No weight is changed then.
 
     Example::
@@ -115,8 +120,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
         for group in self.perturb_groups:
             check_group(group)
-        for weight in weights:
-            check(weight)
+            for weight in group["targets"]:
+                check(weight, in_forward=True)
+                _check_forward(weight, group)
         refuse_overlapping(weights)
         self._told: set[str] = set()
         self._drawn, self._parts = False, set[int]()
@@ -466,6 +472,13 @@ def _first_parameter(optimizer: Optimizer) -> int:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
+    if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
+        reason = unsupported_reason(weight, group["noise"])
+        if reason is not None:
+            raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
 
 
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .optimizer import FlatPerturbOptimizer
-from .schedule import Schedule
+from .optimizers.flat import FlatPerturbOptimizer
+from .optimizers.schedule import Schedule
 
 
 def create_flat_optimizer(

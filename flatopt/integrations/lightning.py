@@ -9,7 +9,7 @@ try:
 except ImportError:  # the older package of the same code
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from ..optimizer import FlatPerturbOptimizer
+from ..optimizers.flat import FlatPerturbOptimizer
 from .unwrap import bare_optimizer
 
 
@@ -52,7 +52,7 @@ class FlatPerturbCallback(pl.Callback):
         shared: bool = False,
     ):
         self.targets, self.total_steps = targets, total_steps
-        self.options = {
+        self.options: dict[str, Any] = {
             "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "shared": shared
         }  # fmt: skip
         self.optimizer: FlatPerturbOptimizer | None = None
@@ -75,7 +75,7 @@ class FlatPerturbCallback(pl.Callback):
         targets = pl_module if self.targets is None else self.targets
         bare = bare_optimizer(trainer.optimizers[0])
         self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=total, **self.options)
-        self.optimizer.step_count = trainer.global_step
+        self.optimizer.seed, self.optimizer.step_count = self.options["seed"], trainer.global_step
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.detach()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..optimizer import FlatPerturbOptimizer
+from ..optimizers.flat import FlatPerturbOptimizer
 from .unwrap import bare_optimizer
 
 
@@ -52,7 +52,7 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         shared: bool = False,
     ):
         self.targets = targets
-        self.options = {
+        self.options: dict[str, Any] = {
             "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "shared": shared
         }  # fmt: skip
         self.optimizer: FlatPerturbOptimizer | None = None
@@ -75,7 +75,8 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         elif callable(targets) and not isinstance(targets, nn.Module):
             targets = targets(model)
         self.optimizer = FlatPerturbOptimizer(bare_optimizer(optimizer), targets, total_steps=state.max_steps, **self.options)
-        self.optimizer.step_count = state.global_step
+        # not what a checkpoint or an earlier train() left in the optimizer's groups: the Trainer's count, this callback's seed
+        self.optimizer.seed, self.optimizer.step_count = self.options["seed"], state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # the Trainer counts steps that a GradScaler skips, and resumes by its own count

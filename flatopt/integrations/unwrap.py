@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..optimizer import FlatPerturbOptimizer
+from ..optimizers.flat import FlatPerturbOptimizer
 
 
 def bare_optimizer(optimizer: Any) -> Any:

@@ -11,7 +11,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")

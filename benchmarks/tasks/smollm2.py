@@ -66,7 +66,7 @@ def problems(family: str, settings: dict, size: int, seed: int) -> "list[tuple[s
     import reasoning_gym
 
     found = reasoning_gym.create_dataset(family, size=2 * size, seed=seed * 100_000, **settings)
-    different = dict((item["question"].strip(), item["answer"]) for item in found)
+    different = {item["question"].strip(): item["answer"] for item in found}
     return list(different.items())[:size]
 
 

@@ -52,6 +52,10 @@ class Point:
         rows.copy_(self._targets[index].rows(tensor).norm(dim=1, keepdim=True).expand_as(rows))
         return norms
 
+    def rows(self, index: int, tensor: Tensor) -> Tensor:
+        """Of a tensor like weight ``index`` the view (rows, fan-in)."""
+        return self._targets[index].rows_of(tensor)
+
     def fan_in(self, index: int) -> int:
         return self._targets[index].rows(self._clean[index]).shape[1]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
 
-OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0, 1)}  # layout of a weight -> its dimensions of outputs
+OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0,)}  # layout of a weight -> the dimensions it may be sharded along
 
 Factors = tuple[Tensor, Tensor, "float | Tensor"]  # (B, A, scaling)
 
@@ -77,12 +77,13 @@ class WeightView:
     ``tensor`` shares memory and version counter with the weight (its local part), so that a graph that saved it notices a
     write; ``rows`` is its 2-D view. Both are None between steps: nothing may keep a deleted model's memory.
     ``square_sums``: per row the sum of squares of W alone, float32, ``(rows,)``; filled by a backend and kept as long as
-    nobody but flatopt changes W. ``part``: which part of a sharded weight this rank holds, 0 for the whole.
+    nobody but flatopt changes W. ``first_row``: the number of its first row in the whole of a sharded weight.
     """
 
     weight: AdaptedWeight
     index: int
-    part: int = 0
+    first_row: int = 0
+    parameter: Tensor | None = None
     tensor: Tensor | None = None
     rows: Tensor | None = None
     update: WeightUpdate = field(default_factory=WeightUpdate)

@@ -1,0 +1,57 @@
+"""Whether a weight can be perturbed as it stands now."""
+
+from torch import Tensor, nn
+
+from .sharding import local, splits_rows_only
+from .weight import FLOATS, OUTPUTS, AdaptedWeight
+
+
+def check(weight: AdaptedWeight) -> None:
+    """Raise unless ``weight`` can be perturbed now.
+
+    Raises:
+        ValueError: a weight that is quantised, not loaded, of size 0, sharded along its inputs, trainable, merged or
+            offloaded; names it and the way out.
+    """
+    parameter, path = weight.parameter, weight.path
+    tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
+    # a subclass of Tensor keeps other bits than it shows: bitsandbytes' Params4bit, torchao's
+    if hasattr(parameter, "quant_state") or type(tensor) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"{path} is quantised ({type(tensor).__name__}): noise would be rounded away or break its format. Load "
+            "the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
+        )
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path} is {str(tensor.dtype).removeprefix('torch.')}, a quantised or integer weight; flatopt perturbs "
+            "fp32, bf16, fp16 and fp64. Load the base model unquantised, or leave the layer out with [{'modules': [...]}]"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{path} is on the meta device: it was not loaded yet, or is offloaded. Load the model's weights (and turn "
+            "CPU/disk offload off) before the training step"
+        )
+    if tensor.numel() == 0:
+        raise ValueError(
+            f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
+            "FSDP2, where each rank keeps rows of the weight"
+        )
+    if not splits_rows_only(parameter, OUTPUTS[weight.layout]):
+        raise ValueError(
+            f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
+            "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"
+        )
+    if parameter.requires_grad:
+        raise ValueError(
+            f"{path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or leave it "
+            "out with [{'modules': [...]}]"
+        )
+    if weight.adapter.is_merged(weight.layer):
+        raise ValueError(
+            f"{path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
+            "training"
+        )
+    if getattr(weight.owner.__dict__.get("_hf_hook"), "offload", False):
+        raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")

@@ -10,15 +10,12 @@ transformers and scikit-learn; every other docstring is tested on.
 """
 
 import argparse
-import ast
 import copy
-import importlib.util
-import random
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
+from docstrings import offline_data
 from paired import show
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -39,32 +36,6 @@ GLUE = {"mnli": 1, "qnli": 1, "sst2": 10, "cola": 10, "mrpc": 10}  # epochs
 OFFLINE = {"sigma": 0.2, "lr": 5e-3, "epochs": 20, "source_epochs": 6}
 
 
-def docstrings(package: str, size: int) -> "list[str]":
-    """``size`` pieces of documentation, 80 characters each, from a package's source files; its own name is blanked."""
-    found = []
-    for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))[::3]:
-        for node in ast.walk(ast.parse(path.read_text(errors="replace"))):
-            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
-            if text and len(text) > 120:
-                found.append(" ".join(text.split())[20:100].lower().replace(package, "_"))
-        if len(found) > 3 * size:
-            break
-    return random.Random(0).sample(sorted(set(found)), size)
-
-
-def offline_data(tiny: bool) -> "tuple[Dataset, Dataset, Dataset]":
-    """Source, labelled and test rows of text -> "deep" or "classic"."""
-    sizes = (16, 8, 8) if tiny else (1000, 64, 200)
-
-    def rows(deep: "list[str]", classic: "list[str]") -> Dataset:
-        pairs = [(text, "deep") for text in deep] + [(text, "classic") for text in classic]
-        return Dataset.from_list([{"text": text, "target": target} for text, target in pairs])
-
-    deep, classic = (docstrings(package, sizes[1] + sizes[2]) for package in ("transformers", "sklearn"))
-    source = rows(docstrings("torch", sizes[0]), docstrings("numpy", sizes[0]))
-    return source, rows(deep[: sizes[1]], classic[: sizes[1]]), rows(deep[sizes[1] :], classic[sizes[1] :])
-
-
 def glue_data(task: str) -> "tuple[Dataset, Dataset]":
     data = load_dataset("nyu-mll/glue", task)
     names = data["train"].features["label"].names
@@ -77,7 +48,9 @@ def glue_data(task: str) -> "tuple[Dataset, Dataset]":
     return data["train"].map(row, remove_columns=fields), validation.map(row, remove_columns=fields)
 
 
-def train(model, tokenizer, train_rows: Dataset, test_rows: Dataset, seed: int, epochs: float, args, callbacks=()) -> "dict[str, float]":
+def train(
+    model, tokenizer, train_rows: Dataset, test_rows: Dataset, seed: int, epochs: float, lr: float, args, callbacks=()
+) -> "dict[str, float]":
     """Accuracy and loss on ``test_rows`` after training what is trainable in ``model``."""
 
     def encode(rows: Dataset) -> Dataset:
@@ -103,7 +76,7 @@ def train(model, tokenizer, train_rows: Dataset, test_rows: Dataset, seed: int, 
             num_train_epochs=epochs,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
-            learning_rate=args.lr if callbacks is not None else 2e-3,
+            learning_rate=lr,
             lr_scheduler_type="cosine",
             predict_with_generate=True,
             generation_max_length=24,
@@ -117,7 +90,7 @@ def train(model, tokenizer, train_rows: Dataset, test_rows: Dataset, seed: int, 
         eval_dataset=encode(test_rows),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         compute_metrics=accuracy,
-        callbacks=list(callbacks or ()),
+        callbacks=list(callbacks),
     )
     trainer.train()
     scores = trainer.evaluate()
@@ -149,7 +122,7 @@ def main() -> None:
             tokenizer = ByT5Tokenizer()
             config = T5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, decoder_start_token_id=0)
             base = T5ForConditionalGeneration(config)
-            train(base, tokenizer, source, test_rows, seed, 1 if args.tiny else OFFLINE["source_epochs"], args, callbacks=None)
+            train(base, tokenizer, source, test_rows, seed, 1 if args.tiny else OFFLINE["source_epochs"], 2e-3, args)
         else:
             train_rows, test_rows = glue_data(args.task)
             base, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
@@ -159,7 +132,7 @@ def main() -> None:
             lora = LoraConfig(r=args.rank, lora_alpha=16, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
             model = get_peft_model(copy.deepcopy(base), lora)
             flat = [FlatPerturbCallback(sigma=sigma, seed=seed)] if sigma > 0 else []  # <- all that differs
-            run[arm] = train(model, tokenizer, train_rows, test_rows, seed, epochs, args, flat)
+            run[arm] = train(model, tokenizer, train_rows, test_rows, seed, epochs, args.lr, args, flat)
         runs.append(run)
     show(f"{args.task or 'docstrings (offline stand-in)'}, r {args.rank}, sigma {args.sigma}", runs)
 

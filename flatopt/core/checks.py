@@ -17,6 +17,11 @@ def check(weight: AdaptedWeight) -> None:
     tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
+    if type(tensor).__name__ == "FakeTensor":
+        raise ValueError(
+            f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model with "
+            "the bare optimizer: flatopt adds 8 bytes a row of W"
+        )
     # a subclass of Tensor keeps other bits than it shows: bitsandbytes' Params4bit, torchao's
     if hasattr(parameter, "quant_state") or type(tensor) not in (Tensor, nn.Parameter):
         raise ValueError(

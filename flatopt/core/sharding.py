@@ -1,12 +1,13 @@
 """FSDP2: a rank perturbs its own rows of a sharded weight (DTensor), in place."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .weight import AdaptedWeight, WeightUpdate
+if TYPE_CHECKING:
+    from .weight import AdaptedWeight, WeightUpdate
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -45,7 +46,7 @@ def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(total, weight.device_mesh, placements, run_check=False).full_tensor()
 
 
-def local_update(update: WeightUpdate, weight: Tensor) -> WeightUpdate:
+def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
     """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
     if not is_sharded(weight):
         return update
@@ -63,7 +64,7 @@ def local_update(update: WeightUpdate, weight: Tensor) -> WeightUpdate:
         return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
 
     factors = tuple((rows(B), whole(A), whole(scaling)) for B, A, scaling in update.factors)
-    return WeightUpdate(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
+    return type(update)(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
 
 
 def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":

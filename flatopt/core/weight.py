@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .sharding import local
+
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
 
@@ -56,6 +58,11 @@ class AdaptedWeight:
         # nn.Module's own lookup costs as much as all else here together, several times a weight and step
         parameter = self.owner._parameters.get(self.name)
         return getattr(self.owner, self.name) if parameter is None else parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """This rank's part, without autograd, but with its version counter: what a graph saved is known to have changed."""
+        return local(self.parameter.detach())
 
     def rows(self, weight: Tensor) -> Tensor:
         """The 2-D view, rows = outputs, columns = fan-in, of a tensor like the weight, strides and all."""

@@ -1,6 +1,7 @@
 """The arithmetic: noise from keys, standard deviations, the map that takes itself off, and the backends that write to W."""
 
 from .backend import BACKENDS, RESTORES, Backend, Plan, plan
+from .constants import writing
 from .fingerprint import fingerprint
 from .noise import Key, normals, step_key, sub_key
 from .norms import NOISES, row_square_sums, square_sums
@@ -19,4 +20,5 @@ __all__ = [
     "square_sums",
     "step_key",
     "sub_key",
+    "writing",
 ]

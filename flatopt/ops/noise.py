@@ -40,15 +40,14 @@ def step_key(seed: int, step: int, rank: int) -> Key:
 
 
 def sub_key(key: Key, index: int) -> Key:
-    """The key of part ``index`` (a weight of a step, a row of a weight)."""
+    """The key of number ``index`` (a weight of a step, a row of a weight)."""
     first = mix(index * GOLDEN + key[0])
     return first, mix(first ^ key[1])
 
 
-def weight_key(key: Key, index: int, part: int) -> Key:
-    """The key of one weight's noise: of the step, the weight's number, and this rank's part of it if it is sharded."""
-    key = sub_key(key, index)
-    return sub_key(key, part) if part else key
+def weight_key(key: Key, index: int) -> Key:
+    """The key of one weight's noise: of the step and the weight's number."""
+    return sub_key(key, index)
 
 
 def signed(x: int) -> int:
@@ -75,9 +74,9 @@ def _mix_(x: Tensor) -> Tensor:
     return _xor_shift_(x, 15, shifted)
 
 
-def row_keys(key: Key, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """:func:`sub_key` of every row at once: two int32 tensors of shape ``(rows, 1)``."""
-    index = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
+def row_keys(key: Key, rows: int, device: torch.device, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """:func:`sub_key` of every row at once, from number ``first_row`` on: two int32 tensors of shape ``(rows, 1)``."""
+    index = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=device).unsqueeze(1)
     first = _mix_(index.mul_(_int32(GOLDEN)).add_(signed(key[0])))
     return first, _mix_(first.bitwise_xor(signed(key[1])))
 

@@ -204,7 +204,7 @@ class TorchPlan:
         number, top, left = piece
         if self._row_keys is None or self._row_keys[:2] != (self._key, number):
             view = self.views[number]
-            keys = row_keys(weight_key(self._key, view.index, view.part), rows_of(view).shape[0], self._device)
+            keys = row_keys(weight_key(self._key, view.index), rows_of(view).shape[0], self._device, view.first_row)
             self._row_keys = self._key, number, keys
         first, second = self._row_keys[2]
         z = normals_of_rows((first[top], second[top]), left.start, left.stop - left.start, scratch)

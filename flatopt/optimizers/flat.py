@@ -147,15 +147,16 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         methods = dict.fromkeys(method for adapter, layer in layers for method in adapter.guarded_methods(layer))
         release = guard(methods, self._doors.clean_inside)
         # a model that outlives its optimizer keeps clean weights and no hooks
-        self._finalizer = weakref.finalize(self, _let_go, self._weights, self._doors, handles, release)
+        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, release)
         self._finalizer.atexit = False
+        self._weights.detach_all = self._finalizer
         self._mirror()
 
     def _take_over(self) -> None:
         for other, weight in self._weights.rivals():
             state = other.state
-            other.detached_by = f"a newer FlatPerturbOptimizer on {weight.path}"
-            other.detach()
+            other.taken_over = weight.path
+            other.detach_all()
             warnings.warn(
                 f"{weight.path} was perturbed by an older FlatPerturbOptimizer that is still referenced"
                 f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and the old "
@@ -225,11 +226,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._weights.resume()
             return
         if not self._finalizer.alive:
-            raise RuntimeError(
-                "this FlatPerturbOptimizer is detached"
-                f"{f', by {self._weights.detached_by}' if self._weights.detached_by else ''}; make a new one around "
-                "optimizer.optimizer to perturb again"
-            )
+            raise RuntimeError(self._why_detached())
+        self._adopt(self.param_groups)
         for group in self.perturb_groups:
             check_group(group, self)
         self._warn_past_the_end()
@@ -272,6 +270,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         The restoring and counting hang on the innermost optimizer's own step, so they are right whoever calls that.
         """
+        if not self._finalizer.alive:
+            if self._weights.taken_over:
+                raise RuntimeError(self._why_detached())
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self._in_step, self._inner_seen = True, False
         try:
             if closure is None:
@@ -289,7 +291,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _before_inner_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._inner_seen = True
-        closure = kwargs.get("closure", args[0] if args else None)
+        itself, given = args[:1], args[1:]  # torch hands over step's arguments with self among them
+        closure = kwargs.get("closure", given[0] if given else None)
         if closure is None:
             self.restore()
             self._warn_if_unseen(optimizer)
@@ -309,13 +312,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": evaluate}
-        return (evaluate, *args[1:]), kwargs
+        return (*itself, evaluate, *given[1:]), kwargs
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self.restore()
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
+            self._adopt(self.param_groups)
             self.step_count += 1
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -397,8 +401,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._warn(
             "unseen",
             "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
-            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model was called instead of the "
-            "module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
+            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without adapted "
+            "weights, was called instead of the module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
             "the forward, or step(closure)); or step() was called twice.",
             stacklevel=6 if self._in_step else 4,
         )
@@ -413,6 +417,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "optimizer or set optimizer.step_count = 0",
                 stacklevel=6,
             )
+
+    def _why_detached(self) -> str:
+        taken_over = self._weights.taken_over
+        by = f", since a newer FlatPerturbOptimizer perturbs {taken_over} too and took over" if taken_over else ""
+        return (
+            f"this FlatPerturbOptimizer is detached{by}: one weight can have one at a time. Step the newer one, or make a new "
+            "one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
+        )
 
     def _tell_no_hooks(self) -> None:
         self._warn(
@@ -432,7 +444,7 @@ def _weakly(reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[...
     return hook
 
 
-def _let_go(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", release: Callable[[], None]) -> None:
+def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", release: Callable[[], None]) -> None:
     try:
         weights.detach()
     finally:

@@ -58,10 +58,7 @@ class Doors:
     def clean_inside(self, module: nn.Module) -> None:
         """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
         weights = self.weights
-        if weights is None or weights.state == CLEAN or weights.held or self.enclosing_forward() is not None:
-            return  # within a forward it is PEFT merging for that forward
-        inside = set(module.modules())
-        if any(weight.owner in inside or weight.layer in inside for weight in weights.weights()):
+        if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
 
     def recomputed(self, module: nn.Module) -> None:
@@ -73,7 +70,7 @@ class Doors:
         if weights.state == CLEAN or (weights.state == PERTURBED and module in self.ran_clean):
             raise RuntimeError(
                 f"{type(module).__name__} ran its forward without gradients on clean weights and is now run again, in "
-                "backward, on perturbed ones. If this is activation checkpointing around a module given in the groups: use "
+                "backward, on perturbed ones. If an activation checkpoint is around a module given in the groups: use "
                 "use_reentrant=False, or pass the whole model as targets. If it is a cache of gradients (GradCache, "
                 "sentence-transformers' cached losses): put both passes inside `with optimizer.perturbed():`"
             )

@@ -4,7 +4,7 @@ import bisect
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from ..core.checks import check
 from ..core.sharding import first_row, fsdp_modules, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
-from ..ops import Plan, plan
+from ..ops import Plan, plan, writing
 from .interrupts import uninterrupted
 from .noise import NoiseRequest
 
@@ -25,8 +25,7 @@ _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    # the weights are moved by plain operations: no graph, and version counters that move
-    with uninterrupted(), torch.inference_mode(False), torch.no_grad():
+    with uninterrupted(), writing():
         yield
 
 
@@ -43,7 +42,8 @@ class PerturbedWeights:
         self.state = CLEAN
         self.held = False  # inside ``with perturbed()``: forwards move nothing
         self.thread = 0  # that perturbed them
-        self.detached_by = ""
+        self.taken_over = ""  # a weight that a newer optimizer perturbs now
+        self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
         self._versions: list[tuple[WeightView, int]] = []
@@ -213,7 +213,7 @@ class PerturbedWeights:
         for look in self._looks:
             for view in look.views:
                 if view.tensor is not None:
-                    now = local(view.weight.parameter.detach())
+                    now = view.weight.weight
                     if now.data_ptr() != view.tensor.data_ptr() and now.shape == view.tensor.shape:
                         now.copy_(view.tensor)
 
@@ -234,6 +234,11 @@ class PerturbedWeights:
 
     def weights(self) -> "list[AdaptedWeight]":
         return [weight for group in self.groups for weight in group["targets"]]
+
+    def lie_inside(self, module: nn.Module) -> bool:
+        """Whether any of the weights, or a layer that adapts one, is part of ``module``."""
+        inside = set(module.modules())
+        return any(weight.owner in inside or weight.layer in inside for weight in self.weights())
 
     def memory(self) -> "list[tuple[int, int, AdaptedWeight]]":
         """(start, end) of what each weight occupies."""
@@ -261,6 +266,13 @@ class PerturbedWeights:
                     f"{shared.path} is already perturbed by another FlatPerturbOptimizer amid its step; one weight can have "
                     "one. Call detach() on the other optimizer (or step it, or delete it), or give the two different modules"
                 )
+
+
+def restore_inside(module: nn.Module) -> None:
+    """Restore the weights of every optimizer that has some inside ``module``."""
+    for weights in list(_attached):
+        if weights.state != CLEAN and weights.lie_inside(module):
+            weights.restore()
 
 
 class GroupLook:
@@ -361,7 +373,7 @@ def _refuse_written(lost: "Sequence[WeightView]") -> None:
 
 def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":
     try:
-        tensor = local(weight.parameter)
+        tensor = weight.weight
         start = tensor.data_ptr()
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
         return (start, start + reach * tensor.element_size()) if start and tensor.numel() else None
@@ -393,7 +405,7 @@ def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
 
 
 def _shares_elements(one: AdaptedWeight, other: AdaptedWeight) -> bool:
-    a, b = local(one.parameter.detach()), local(other.parameter.detach())
+    a, b = one.weight, other.weight
     size = a.element_size()
     if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size:
         return True

@@ -103,7 +103,7 @@ class ForwardPlan:
         for layer in self._layers:
             layer.on = False
 
-    def written(self) -> "list[WeightView]":
+    def written(self, wait: bool = False) -> "list[WeightView]":
         """None: nothing of W is lost when somebody writes to it."""
         return []
 

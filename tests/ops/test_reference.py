@@ -3,11 +3,13 @@
 import peft
 import pytest
 import torch
+from made_weights import weight_view
 from torch import nn
 
-from flatopt import FlatPerturbOptimizer, noise, reference, reversible
-from flatopt.draw import Draw
-from flatopt.scale import fill_std
+from flatopt import FlatPerturbOptimizer
+from flatopt.core.weight import WeightUpdate
+from flatopt.ops import normals, reference, reversible, step_key, sub_key
+from flatopt.ops.norms import standard_deviations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEPS, SIGMA, SEED = 120, 0.1, 11
@@ -32,7 +34,6 @@ def test_training_run_side_by_side(dtype):
     clean = [layer.base_layer.weight.clone() for layer in layers]
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = FlatPerturbOptimizer(torch.optim.AdamW(adapters, lr=0.01), model, sigma=SIGMA, total_steps=STEPS, seed=SEED)
-    (group,) = optimizer.perturb_groups
     moved = total = 0
     for step in range(STEPS):
         sigma = SIGMA * 0.5 * (1 - torch.cos(torch.tensor(torch.pi * step / STEPS, dtype=torch.float64))).item()
@@ -41,17 +42,16 @@ def test_training_run_side_by_side(dtype):
             if step == 0:
                 expected.append(weight)  # the cosine schedule starts at 0
                 continue
-            key = noise.sub_key(noise.step_key(SEED, step, 0), index + 1)
-            draw = Draw(group["targets"][index], index + 1)
-            draw.weight, draw.sigma = weight, sigma
-            fill_std([draw])
+            A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+            view = weight_view(weight, WeightUpdate(((B, A, layer.scaling["default"]),)))
+            (found,) = standard_deviations([view], "filter", sigma, [view])
             std = reference.standard_deviation(weight, layer.get_delta_weight("default"), sigma)
-            torch.testing.assert_close(draw.std.double(), std, rtol=2e-5, atol=0)
+            torch.testing.assert_close(found.double(), std, rtol=2e-5, atol=0)
             torch.testing.assert_close(
-                reversible.grid(draw.std, sigma, dtype).step.double(), reference.grid_step(draw.std, sigma, dtype)
+                reversible.grid(found, sigma, dtype).step.double(), reference.grid_step(found, sigma, dtype)
             )
-            z = noise.normals(noise.row_keys(key, *weight.shape[:1], weight.device), 0, weight.shape[1])
-            expected.append(reference.toggled(weight, *reversible.grid(draw.std, sigma, dtype), z))
+            z = normals(sub_key(step_key(SEED, step, 0), index + 1), *weight.shape)
+            expected.append(reference.toggled(weight, *reversible.grid(found, sigma, dtype), z))
         loss = nn.functional.mse_loss(model(x.to(dtype)).float(), y)
         for layer, weight, want in zip(layers, clean, expected):
             got = layer.base_layer.weight

@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from flatopt import FlatPerturbOptimizer, noise
+from flatopt import FlatPerturbOptimizer
+from flatopt.ops import noise
 
 ALPHA = 1e-6
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -225,7 +226,7 @@ def test_the_normals_are_normal():
 
 def normals(seed=0, step=0, rank=0, target=1, rows=1024, columns=2048):
     key = noise.sub_key(noise.step_key(seed, step, rank), target)
-    return noise.normals(noise.row_keys(key, rows, torch.device("cpu")), 0, columns)
+    return noise.normals_of_rows(noise.row_keys(key, rows, torch.device("cpu")), 0, columns)
 
 
 VIEWS = {"value": lambda z: z, "square": torch.square, "sign": torch.sign}
@@ -291,7 +292,7 @@ def test_equal_rows_do_not_exist():
     key = noise.sub_key(noise.step_key(3, 1, 0), 1)
     first, second = noise.row_keys(key, 1 << 18, torch.device("cpu"))
     assert len(torch.unique((first.long() << 32) ^ second.long())) == 1 << 18
-    z = noise.normals((first, second), 0, 4)
+    z = noise.normals_of_rows((first, second), 0, 4)
     assert len(torch.unique(z.view(torch.int32), dim=0)) == 1 << 18
     step = noise.step_key(3, 1, 0)
     assert len({noise.sub_key(step, index) for index in range(1 << 16)}) == 1 << 16
@@ -430,6 +431,6 @@ def test_threads_do_not_change_the_noise(restore):
 def test_chunks_do_not_change_the_normals():
     key = noise.step_key(0, 0, 0)
     keys = noise.row_keys(key, 50, torch.device("cpu"))
-    whole = noise.normals(keys, 0, 701)
-    parts = [noise.normals((keys[0][20:], keys[1][20:]), left, min(100, 701 - left)) for left in range(0, 701, 100)]
+    whole = noise.normals_of_rows(keys, 0, 701)
+    parts = [noise.normals_of_rows((keys[0][20:], keys[1][20:]), left, min(100, 701 - left)) for left in range(0, 701, 100)]
     assert torch.equal(torch.cat(parts, dim=1), whole[20:])

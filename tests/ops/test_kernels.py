@@ -8,14 +8,16 @@ import weakref
 
 import pytest
 import torch
-from conftest import bits, lora_mlp
+from helpers import bits, lora_mlp
+from made_weights import looked_at, weight_view
 from torch import nn
 
-from flatopt import FlatPerturbOptimizer, noise, restore
-from flatopt.draw import Draw
-from flatopt.reference import standard_deviation
-from flatopt.reversible import grid, toggle_
-from flatopt.scale import fill_std
+from flatopt import FlatPerturbOptimizer, ops
+from flatopt.core.weight import WeightUpdate, WeightView
+from flatopt.ops.norms import standard_deviations
+from flatopt.ops.reference import standard_deviation, toggled
+from flatopt.ops.reversible import grid
+from flatopt.ops.triton import TritonBackend
 
 pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")
 
@@ -41,21 +43,31 @@ def test_the_tests_below_in_tritons_interpreter():
     assert "passed" in done.stdout
 
 
-def test_too_old_a_triton_is_left_alone():
-    code = "import triton; triton.__version__ = '3.1.0'; from flatopt import restore; assert restore._fused() is None"
-    subprocess.run([sys.executable, "-c", code], check=True)
+class Kernels:
+    """What was perturbed by the kernels: their plans, in the order they were made."""
+
+    def __init__(self):
+        self.plans = []
+
+    @property
+    def views(self):
+        return self.plans[-1].views if self.plans else []
+
+    @property
+    def stds(self):
+        return [std.cpu() for std in self.plans[-1]._stds]
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(restore, "FUSED_ON", {DEVICE})
-    from flatopt import fused
+    made, make = Kernels(), TritonBackend.plan
 
-    draws = []
-    fuse = fused.fuse
-    monkeypatch.setattr(fused, "fuse", lambda some: (draws.extend(some), fuse(some))[1])
-    fused.fused = draws  # the draws that took the kernels' way
-    return fused
+    def plan(*args):
+        made.plans.append(make(*args))
+        return made.plans[-1]
+
+    monkeypatch.setattr(TritonBackend, "plan", plan)
+    return made
 
 
 class LowRank(nn.Module):
@@ -112,18 +124,15 @@ def optimizer_for(*modules, **options):
 
 
 @torch.no_grad()
-def reference(index, target, clean, part=0):
-    """What the torch path makes of the weight, on the CPU, its std and the update."""
-    module = target.module
+def reference(view, clean):
+    """What the twin makes of the weight, on the CPU, its std and the update."""
+    module, rows_of = view.weight.owner, view.weight.rows
     update = (SCALING * module.B.double() @ module.A.flatten(1).double()).cpu()
     weight = clean.cpu()
-    flat = target.rows_of(weight).clone()
     update = torch.empty_like(weight, dtype=torch.float64).copy_(update.view(weight.shape))  # strides and all
-    std = standard_deviation(flat, target.rows_of(update), SIGMA)
-    key = noise.sub_key(noise.step_key(SEED, 0, 0), index + 1)
-    key = noise.sub_key(key, part) if part else key
-    toggle_(flat, grid(std.float(), SIGMA, weight.dtype), key)
-    return flat, std, target.rows_of(update)
+    std = standard_deviation(rows_of(weight), rows_of(update), SIGMA)
+    z = ops.normals(ops.sub_key(ops.step_key(SEED, 0, 0), view.index), *rows_of(weight).shape)
+    return toggled(rows_of(weight), *grid(std.float(), SIGMA, weight.dtype), z), std, rows_of(update)
 
 
 @runs
@@ -133,13 +142,13 @@ def test_noise_is_the_references_and_restoring_is_exact(kernels, dtype):
     clean = [module.weight.detach().clone(memory_format=torch.preserve_format) for module in modules]
     optimizer = optimizer_for(*modules)
     optimizer.perturb()
-    assert len(kernels.fused) == len(modules)
-    for index, (name, draw) in enumerate(zip(LAYOUTS, kernels.fused)):
-        expected, std, update = reference(index, draw.target, clean[index])
-        rows, before = draw.rows.cpu(), draw.target.rows_of(clean[index]).cpu()
+    assert len(kernels.views) == len(modules)
+    for name, view, found, before in zip(LAYOUTS, kernels.views, kernels.stds, clean):
+        expected, std, update = reference(view, before)
+        rows, before = view.rows.cpu(), view.weight.rows(before).cpu()
         # A is rounded to W's dtype, or to tf32, by truncation at worst: errors of W's and BA's sizes, however they cancel
         sizes = standard_deviation(before, torch.zeros(()), SIGMA) + standard_deviation(update, torch.zeros(()), SIGMA)
-        assert ((draw.std.cpu().double().square() - std.square()).abs() <= 8e-3 * sizes.square()).all(), name
+        assert ((found.double().square() - std.square()).abs() <= 8e-3 * sizes.square()).all(), name
         moved, should = (rows - before).double(), (expected - before).double()
         off = (moved.abs() - should.abs()).abs() > 0.01 * std + 1e-6 * before.abs()
         # where w/a is an integer but for rounding, the sides may differ; a step more or less where |z| is at its edge
@@ -160,16 +169,15 @@ def test_plainly_added_noise_is_the_references(kernels, dtype, mode):
     clean = [module.weight.detach().clone(memory_format=torch.preserve_format) for module in modules]
     optimizer = optimizer_for(*modules, restore=mode)
     optimizer.perturb()
-    assert len(kernels.fused) == len(modules)
-    for index, (draw, before) in enumerate(zip(kernels.fused, clean)):
-        rows, before = draw.rows.cpu().double(), draw.target.rows_of(before).cpu().double()
-        key = noise.sub_key(noise.step_key(SEED, 0, 0), index + 1)
-        z = noise.normals(noise.row_keys(key, len(rows), torch.device("cpu")), 0, rows.shape[1]).double()
+    assert len(kernels.views) == len(modules)
+    for view, std, before in zip(kernels.views, kernels.stds, clean):
+        rows, before = view.rows.cpu().double(), view.weight.rows(before).cpu().double()
+        z = ops.normals(ops.sub_key(ops.step_key(SEED, 0, 0), view.index), *rows.shape).double()
         whole = before.isfinite().all(1)  # a row with inf or NaN gets no noise
         assert torch.equal(rows[~whole].nan_to_num(7.0), before[~whole].nan_to_num(7.0))
-        expected = (before + z * draw.std.cpu().double())[whole]
+        expected = (before + z * std.double())[whole]
         # the functions are good to 2^-18, the sum is rounded to W's dtype
-        error = 2**-18 * draw.std.cpu().double()[whole] + torch.finfo(dtype).eps * expected.abs()
+        error = 2**-18 * std.double()[whole] + torch.finfo(dtype).eps * expected.abs()
         assert ((rows[whole] - expected).abs() <= error + torch.finfo(dtype).tiny).all()
     perturbed = [module.weight.detach().clone() for module in modules]
     optimizer.restore()
@@ -195,7 +203,7 @@ def test_odd_bits_come_back(kernels, dtype, sigma):
         for module, before in zip(modules, clean):
             assert torch.equal(bits(module.weight), bits(before))
         optimizer.step()
-    assert kernels.fused
+    assert kernels.plans
 
 
 @runs
@@ -210,7 +218,7 @@ def test_what_the_kernels_do_not_compute_is_computed_by_torch(kernels, kind):
     clean = weight.detach().clone()
     optimizer = optimizer_for(module, noise=kind if kind in ("layer", "isotropic", "element") else "filter")
     optimizer.perturb()
-    assert bool(kernels.fused) == (kind not in ("element", "fp64"))
+    assert bool(kernels.plans) == (kind not in ("element", "fp64"))
     eps = (module.weight - clean).double()
     merged = clean.double() + (SCALING * module.B @ module.A).double()
     if kind == "element":
@@ -238,22 +246,25 @@ def test_a_dense_update_is_made_once_a_step(kernels):
     for step in range(3):
         optimizer.perturb()
         optimizer.step()
-        assert len(kernels.fused) == len(made) == step + 1
+        assert kernels.plans
+        assert len(made) == step + 1
 
 
 @runs
-def test_noise_does_not_depend_on_the_launch(kernels, monkeypatch):
+def test_noise_does_not_depend_on_the_launch(monkeypatch):
+    from flatopt.ops.triton import launch
+
     module = LowRank(gaussian(20, 264, dtype=torch.bfloat16), 8)
     clean = module.weight.detach().clone()
     seen = []
     for rows, pairs, warps in [(16, 64, 4), (8, 32, 2), (32, 128, 8)]:
         for name, value in zip(("ROWS", "PAIRS", "WARPS"), (rows, pairs, warps)):
-            monkeypatch.setattr(kernels, name, value)
+            monkeypatch.setattr(launch, name, value)
         optimizer = optimizer_for(module)
         optimizer.perturb()
         seen.append(bits(module.weight).clone())
         optimizer.restore()
-        del optimizer
+        optimizer.detach()
     strided = LowRank(torch.empty(20, 2 * 264, dtype=torch.bfloat16, device=DEVICE)[:, ::2].copy_(clean), 8)
     strided.A, strided.B = module.A, module.B
     optimizer = optimizer_for(strided)
@@ -270,26 +281,14 @@ def test_rows_that_several_programs_share(kernels, columns):
     clean = module.weight.detach().clone()
     optimizer = optimizer_for(module)
     optimizer.perturb()
-    expected, std, _ = reference(0, kernels.fused[0].target, clean)
-    torch.testing.assert_close(kernels.fused[0].std.cpu().double(), std, rtol=4e-3, atol=0)
+    expected, std, _ = reference(kernels.views[0], clean)
+    torch.testing.assert_close(kernels.stds[0].double(), std, rtol=4e-3, atol=0)
     moved, should = ((w.detach().cpu() - clean.cpu()).double() for w in (module.weight, expected))
     assert (moved.abs() - should.abs()).abs().gt(0.01 * std).double().mean() < 0.02
     for part in moved.split(1 << 14, dim=1):  # SPAN pairs of columns: none left out, none moved twice
         assert (part != 0).double().mean() > 0.8
     optimizer.restore()
     assert torch.equal(bits(module.weight), bits(clean))
-
-
-@runs
-def test_parts_of_a_sharded_weight_get_their_own_noise(kernels, monkeypatch):
-    monkeypatch.setattr("flatopt.draw.shard_index", lambda weight: 3)
-    module = LowRank(gaussian(24, 128, dtype=torch.float32), 4)
-    clean = module.weight.detach().clone()
-    optimizer = optimizer_for(module)
-    optimizer.perturb()
-    expected, std, _ = reference(0, kernels.fused[0].target, clean, part=3)
-    off = (module.weight.detach().cpu() - expected).abs() > 0.01 * std
-    assert off.double().mean() < 0.02
 
 
 def written(layer):
@@ -345,22 +344,21 @@ def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(
     for _ in range(2):
         optimizer.perturb()
         optimizer.step()
-    first = kernels.fused[0]
-    kept = first.launches
-    kernels.fused.clear()
+    kept = kernels.plans[-1]._launches
     CHANGES[change](layers[0])
-    by_torch = [Draw(target, 1) for target in optimizer.perturb_groups[0]["targets"]]
-    for draw in by_torch:
-        draw.look()
-        draw.sigma = SIGMA
-    fill_std(by_torch)
+    weights = optimizer.perturb_groups[0]["targets"]
+    updates = weights[0].adapter.updates(weights)
+    views = [looked_at(WeightView(weight, 1, update=update)) for weight, update in zip(weights, updates)]
+    expected = standard_deviations(views, "filter", SIGMA, views)
     clean = [layer.base_layer.weight.detach().clone() for layer in layers]
     optimizer.perturb()
-    assert first is kernels.fused[0]
-    assert (first.launches is kept) == (change in ("nothing", "an optimizer's step"))
-    for layer, draw, expected, before in zip(layers, kernels.fused, by_torch, clean, strict=True):
+    assert (kernels.plans[-1]._launches is kept) == (change in ("nothing", "an optimizer's step"))
+    by_weight = {}
+    for plan in {id(plan): plan for plan in kernels.plans[-2:]}.values():  # of another dtype: another launch
+        by_weight.update({id(view.weight): std for view, std in zip(plan.views, plan._stds)})
+    for layer, weight, std, before in zip(layers, weights, expected, clean, strict=True):
         rtol = 2e-3 if before.dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(draw.std, expected.std, rtol=rtol, atol=0)
+        torch.testing.assert_close(by_weight[id(weight)], std, rtol=rtol, atol=0)
         assert not torch.equal(bits(layer.base_layer.weight), bits(before))
     optimizer.restore()
     for layer, before in zip(layers, clean):
@@ -368,37 +366,42 @@ def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(
 
 
 @runs
-def test_a_deleted_model_is_not_kept_by_its_table(kernels):
+def test_a_deleted_model_is_not_kept_by_its_table():
     gc.collect()
     gc.disable()  # a cycle would wait for it
     try:
-        module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
-        optimizer = optimizer_for(module)
-        for _ in range(2):
-            optimizer.perturb()
-            optimizer.step()
-        weight = weakref.ref(module.weight)
-        kernels.fused.clear()
-        del module, optimizer
+        view = weight_view(gaussian(16, 64, dtype=torch.float32))
+        (plan,) = ops.plan([view], "filter", "reversible")
+        for key in ((1, 2), (3, 4)):
+            plan.fill_std(SIGMA)
+            plan.perturb(key)
+            plan.restore()
+            plan.release()
+        weight = weakref.ref(view.parameter)
+        view.weight.owner.weight = None
+        view.parameter = view.tensor = view.rows = None
         assert weight() is None
     finally:
         gc.enable()
 
 
 @runs
-def test_the_table_is_kept_for_a_module_of_ones_own(kernels):
-    module = LowRank(gaussian(16, 64, dtype=torch.float32), 4)
-    optimizer = optimizer_for(module)
-    optimizer.perturb()
-    optimizer.step()
-    kept = kernels.fused[0].launches
-    with torch.no_grad():
-        module.B.mul_(2)
-    merged = module.weight + SCALING * module.B @ module.A
-    optimizer.perturb()
-    assert kernels.fused[0].launches is kept
-    expected = SIGMA * merged.square().mean(1, keepdim=True).sqrt()
-    torch.testing.assert_close(kernels.fused[0].std, expected, rtol=2e-3, atol=0)
+def test_the_table_is_kept_for_updates_told_anew():
+    """A module of one's own tells its factors each step: new objects, the same tensors."""
+    A, B = (gaussian(*shape, dtype=torch.float32, scale=0.3) for shape in ((4, 64), (16, 4)))
+    view = weight_view(gaussian(16, 64, dtype=torch.float32), WeightUpdate(((B, A, SCALING),)))
+    (plan,) = ops.plan([view], "filter", "reversible")
+    plan.fill_std(SIGMA)
+    kept = plan._launches
+    B.mul_(2)
+    view.update = WeightUpdate(((B, A, SCALING),))
+    plan.fill_std(SIGMA)
+    assert plan._launches is kept
+    expected = SIGMA * (view.rows + SCALING * B @ A).square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(plan._stds[0], expected, rtol=2e-3, atol=0)
+    view.update = WeightUpdate(((B, A, 2 * SCALING),))
+    plan.fill_std(SIGMA)
+    assert plan._launches is not kept
 
 
 @runs

@@ -4,11 +4,11 @@
     python -m benchmarks.qlora_cost --checkpointing    # activations recomputed, so that the noise is made three times
     python -m benchmarks.qlora_cost --device cpu       # a tiny model in fp32: does it run, not how fast
 
-Methods: plain QLoRA; FlatPerturbOptimizer with W + ε made from 4 bits by one kernel; with W dequantised by bitsandbytes and the
-noise added by another kernel; and (asked for by name) with torch's own operations. Random weights, double quantised nf4, LoRA
-r 8 on all linear layers, batches of 2 x 1024 tokens. Timed as in ``benchmarks.cost``, whose turns and cells these are: a ratio
-is that of a turn to those of plain QLoRA before and after it. ``layers``: of one linear layer alone, forward and backward, the
-median of each way in microseconds. Results: ``benchmarks/results/qlora_cost_<device>.json``.
+Methods: plain QLoRA; FlatPerturbOptimizer with W + ε made from 4 bits by one kernel; with W dequantised by bitsandbytes and
+the noise added by another kernel; and (asked for by name) with torch's own operations. Random weights, double quantised nf4,
+LoRA r 8 on all linear layers, batches of 2 x 1024 tokens. Timed as in ``benchmarks.cost``, whose turns and cells these are:
+a ratio is that of a turn to those of plain QLoRA before and after it. ``by_layer``: one linear layer alone, forward and
+backward, the median of each way in microseconds. Results: ``benchmarks/results/qlora_cost_<device>.json``.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -145,9 +146,12 @@ def time_layers(case: Case, ways: "list[str]", tokens: int, repeats: int = 50) -
                     out.backward(y)
                     points[2].record()
                     torch.cuda.synchronize()
-                    times.append([1e3 * a.elapsed_time(b) for a, b in zip(points, points[1:])])
+                    times.append([1e3 * a.elapsed_time(b) for a, b in pairwise(points)])
                     x.grad = None
-            row[name] = {"forward_us": statistics.median(t[0] for t in times), "backward_us": statistics.median(t[1] for t in times)}
+            row[name] = {
+                "forward_us": statistics.median(t[0] for t in times),
+                "backward_us": statistics.median(t[1] for t in times),
+            }
         own_forwards([weight])
         rows.append(row)
     return rows
@@ -159,7 +163,9 @@ def main() -> None:
     )
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["one kernel", "dequantised first"] if gpu else list(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["one kernel", "dequantised first"] if gpu else list(WAYS)
+    )
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="time to repeat one cell for (at least 3 turns)")
@@ -186,7 +192,11 @@ def main() -> None:
         console.print(run["by_layer"])
     methods = [f"ours, {name}" for name in args.ways]
     for rows in measure(case, args.accumulation, methods, args.device, args.seconds, console.log):
-        results["checkpointing" if args.checkpointing else "plain"] = {**run, "plain_ms": rows[0]["step_ms"]["median"], "rows": rows}
+        results["checkpointing" if args.checkpointing else "plain"] = {
+            **run,
+            "plain_ms": rows[0]["step_ms"]["median"],
+            "rows": rows,
+        }
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         console.print(steps_table("QLoRA", {**run, "rows": rows}))
     console.print(f"written: {file}")

@@ -64,7 +64,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             [0, 1] to a factor on σ. Past the end the factor stays at its last value.
         noise: ``"filter"`` (above), ``"layer"`` (one std a weight: σ × its rms), ``"isotropic"`` (one std for all weights
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
-        restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.reversible`),
+        restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
             for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
             again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,

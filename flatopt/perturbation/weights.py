@@ -51,7 +51,7 @@ class PerturbedWeights:
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
         self._versions: list[tuple[WeightView, int]] = []
-        self._kept_versions: list[tuple[WeightView, Any, int]] = []
+        self._kept_versions: list[tuple[WeightView, Any]] = []
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
 
@@ -66,6 +66,7 @@ class PerturbedWeights:
             return
         with self._lock, _writing():
             self._reshard()
+            _refuse_written(self._written(wait=False))  # a GPU tells of the last step now
             self._plans = self._look(request)
             self._refuse_shared_memory()
             key = request.key
@@ -107,12 +108,11 @@ class PerturbedWeights:
             lost = self._replaced()
             if not lost:
                 exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
-                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor), 0) for v in exact]
+                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
             self._bits_back(lost)
             if lost:
                 self._end()
             else:
-                self._kept_versions = [(v, kept, _version(v)) for v, kept, _ in self._kept_versions]
                 self._note_versions()
                 self.state = SUSPENDED
         _refuse_written(lost)
@@ -131,8 +131,8 @@ class PerturbedWeights:
             except BaseException:
                 self._take_back()
                 raise
-            moved += [view for each in self._plans for view in each.written()]
-            for view, kept, version in self._kept_versions:
+            moved += self._written(wait=False)
+            for view, kept in self._kept_versions:
                 # what was written to in between is not what a graph saved: there backward must raise
                 if view not in moved:
                     kept.__exit__(None, None, None)
@@ -141,15 +141,18 @@ class PerturbedWeights:
             self._follow()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
+        written_to = any(_version(view) != version for view, version in self._versions)  # the checksums say whether it matters
         try:
             for each in self._plans:
                 each.restore()
         except BaseException:
             self._take_back()
             raise
-        for each in self._plans:
-            lost += [view for view in each.written() if view not in lost]
+        lost += [view for view in self._written(wait=written_to) if view not in lost]
         self._follow()
+
+    def _written(self, wait: bool) -> "list[WeightView]":
+        return [view for look in self._looks for each in look.plans for view in each.written(wait)]
 
     def _take_back(self) -> None:
         """After a failure: clean, or else perturbed with all that a later :meth:`restore` needs."""
@@ -233,6 +236,7 @@ class PerturbedWeights:
     def detach(self) -> None:
         try:
             self.restore()
+            _refuse_written(self._written(wait=True))
         finally:
             _attached.discard(self)
             own_forwards(self.weights())

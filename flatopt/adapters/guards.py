@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .custom import MERGING
 from .registry import adapter_of
 
 Before = Callable[[nn.Module], None]
-WRITING = {"merge", "unmerge", "train", "inject_adapter"}  # through .data, which moves no version counter
+WRITING = {*MERGING, "train", "inject_adapter"}  # through .data, which moves no version counter
 
 _lock = threading.RLock()
 _users: dict[tuple[type, str], list[list[Before]]] = {}  # (class, method) -> what runs before it, boxed: one a guard()
@@ -45,6 +46,7 @@ def guard(methods: Iterable[tuple[type, str]], before: Before) -> Callable[[], N
                 if not users:
                     _remove(key)
             keys.clear()
+            box.clear()
 
     return release
 
@@ -85,10 +87,10 @@ def _guarded(key: tuple[type, str], method: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(method)
     def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        users = [box[0] for box in _users.get(key, ())]
+        users = [before for box in _users.get(key, ()) for before in box]
         if not users or (name == "train" and _changes_nothing(self, *args, **kwargs)):
             return method(self, *args, **kwargs)
-        if not (name in ("merge", "unmerge") and _in_own_forward(self)):
+        if not (name in MERGING and _in_own_forward(self)):
             for before in users:
                 before(self)
         if name not in WRITING:

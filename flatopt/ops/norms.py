@@ -51,9 +51,11 @@ def row_square_sums(rows: Tensor, update: WeightUpdate, of_weight: Tensor | None
 
 
 def rows_of(view: WeightView) -> Tensor:
-    """The 2-D view of a weight that is looked at now."""
+    """The 2-D view of a weight that is looked at now; made where ``view`` has but the tensor."""
     if view.rows is None:
-        raise RuntimeError(f"{view.weight.path} was not looked at in this step: its WeightView has no tensor")
+        if view.tensor is None:
+            raise RuntimeError(f"{view.weight.path} was not looked at in this step: its WeightView has no tensor")
+        view.rows = view.weight.rows(view.tensor)
     return view.rows
 
 

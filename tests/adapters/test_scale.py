@@ -104,7 +104,7 @@ METHODS = {
     "loha": lambda: LoHaConfig(target_modules=MLP, r=4),
     "lokr": lambda: LoKrConfig(target_modules=MLP, r=4),
     "vera": lambda: VeraConfig(target_modules=["second"], r=8),
-    "hira": lambda: peft.HiraConfig(target_modules=MLP, r=4),
+    "delora": lambda: peft.DeloraConfig(target_modules=MLP, r=4),
     "shira": lambda: peft.ShiraConfig(target_modules=MLP, r=2),
     "kasa": lambda: LoraConfig(target_modules=MLP, r=4, kasa_config=peft.KasaConfig()),
 }
@@ -329,7 +329,8 @@ class Protocol(Dense):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("flatopt.delta._REGISTRY", {})
+    monkeypatch.setattr("flatopt.adapters.custom._registered", {})
+    monkeypatch.setattr("flatopt.adapters.custom._known", {})
     register_low_rank(Dense, base=lambda m: m.layer.weight, delta=lambda m: m.delta())
     register_low_rank(Factored, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, 0.3))
     register_low_rank(Scaled, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, m.scaling))
@@ -339,7 +340,7 @@ def registry(monkeypatch):
 @pytest.mark.parametrize("kind", [Dense, Factored, Scaled, Protocol])
 def test_std_of_a_hand_written_module(registry, monkeypatch, kind, layer):
     if kind is Protocol:
-        monkeypatch.setattr("flatopt.delta._REGISTRY", {})
+        monkeypatch.setattr("flatopt.adapters.custom._registered", {})
     module = kind(None if layer == "Linear" else CONVS[layer]()[0])
     model = nn.Sequential(nn.Linear(3, 12), module)
     optimizer = flat(model)

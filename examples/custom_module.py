@@ -3,7 +3,8 @@
     python examples/custom_module.py
 
 A network learns scikit-learn's handwritten digits and is then adapted, from 50 labels, to the same digits upside down, by a
-low-rank module written by hand; plain and flat side by side over eight seeds, half a minute on a CPU.
+low-rank module written by hand; plain and flat side by side over eight seeds, a minute on a CPU. It shows how: a task this
+small gains nothing from noise that eight seeds could tell (accuracy +0.3, from -1.3 to +1.8).
 """
 
 import copy

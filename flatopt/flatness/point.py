@@ -54,7 +54,7 @@ class Point:
 
     def rows(self, index: int, tensor: Tensor) -> Tensor:
         """Of a tensor like weight ``index`` the view (rows, fan-in)."""
-        return self._targets[index].rows_of(tensor)
+        return self._targets[index].rows(tensor)
 
     def fan_in(self, index: int) -> int:
         return self._targets[index].rows(self._clean[index]).shape[1]

@@ -38,7 +38,9 @@ def denoising_loss(unet, scheduler, images: Tensor, condition: dict, generator: 
     return F.mse_loss(predicted.float(), noise.float())
 
 
-def train(unet, scheduler, images: Tensor, condition, steps: int, batch: int, lr: float, seed: int, what: str, sigma: float = 0.0):
+def train(
+    unet, scheduler, images: Tensor, condition, steps: int, batch: int, lr: float, seed: int, what: str, sigma: float = 0.0
+):
     """Train what is trainable in ``unet``, flat if ``sigma`` > 0. ``condition(index)`` belongs to ``images[index]``."""
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=lr)
     if sigma > 0:
@@ -81,7 +83,10 @@ def digits(seed: int, tiny: bool):
 
     train(unet, scheduler, images[:1400], old, 5 if tiny else 600, 64, 1e-3, seed, "source UNet")
     turned = images[1400:].rot90(1, (2, 3))
-    held_out = {"new style, held out: loss": (turned[20:120], new), "old digits: loss": (images[1400:1500], lambda i: old(i + 1400))}
+    held_out = {
+        "new style, held out: loss": (turned[20:120], new),
+        "old digits: loss": (images[1400:1500], lambda i: old(i + 1400)),
+    }
     return unet, scheduler, turned[:20], new, held_out
 
 

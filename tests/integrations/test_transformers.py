@@ -26,7 +26,17 @@ def arguments(folder, kind=TrainingArguments, **options):
     return kind(str(folder), **{**usual, **quiet, **options})
 
 
-def train(folder, callback="flat", model=None, resume=None, trainer=Trainer, data=None, others=(), optimizers=(None, None), **options):
+def train(
+    folder,
+    callback="flat",
+    model=None,
+    resume=None,
+    trainer=Trainer,
+    data=None,
+    others=(),
+    optimizers=(None, None),
+    **options,
+):
     """A run; its model and the watch over it. ``callback`` None: plain."""
     model = model or lora_llama()
     watch = Watch(model)
@@ -49,7 +59,16 @@ def hooks(model):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop", "schedule_free_adamw", "adamw_bnb_8bit"]
+OPTIMIZERS = [
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+    "schedule_free_adamw",
+    "adamw_bnb_8bit",
+]
 LIBRARY = {"schedule_free_adamw": "schedulefree", "adamw_bnb_8bit": "bitsandbytes"}
 
 
@@ -197,7 +216,9 @@ def test_interrupted_and_run_again_with_the_same_or_a_new_trainer(tmp_path):
 
     model, stop = lora_llama(), Stop()
     watch, options = Watch(model), {"gradient_accumulation_steps": 2}
-    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA), stop])
+    trainer = Trainer(
+        model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA), stop]
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     with torch.no_grad():

@@ -33,7 +33,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(content, page, config, files):
     def formula(found):
-        display = "block" if found[1] == "div" else "inline"
-        return latex2mathml.converter.convert(html.unescape(found[2]).strip(), display=display)
+        latex = re.sub(r"\\(mathbb|mathcal|mathrm) (\w)", r"\\\1{\2}", html.unescape(found[2]).strip())
+        return latex2mathml.converter.convert(latex, display="block" if found[1] == "div" else "inline")
 
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)

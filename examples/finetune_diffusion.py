@@ -5,9 +5,9 @@
         --prompt "a 3d icon in the style of sks" --size 1024                  # the paper's recipe, on a GPU with a network
 
 The recipe (Li et al., ICML 2025): r = alpha = 4, AdamW at a constant lr of 1e-4, 500 steps of batch 1, sigma 0.1, 23 images of
-one style. We have not run it on SDXL. Offline, a conditional UNet learns scikit-learn's digits on the spot and is then given 20
-images of digits lying on their side, under a word of their own. What is compared is the denoising loss, at fixed times and
-noises, on images of the new style that were held out, and on the old digits, which should not be forgotten.
+one style. We have not run it on SDXL. Offline, a conditional UNet learns scikit-learn's digits on the spot and is then given
+20 images of digits lying on their side, under a word of their own. What is compared is the denoising loss, at fixed times and
+noises, on held out images of the new style, and on the old digits, which should not be forgotten.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from paired import show
 from peft import LoraConfig
 from rich.progress import track
@@ -38,7 +39,9 @@ def denoising_loss(unet, scheduler, images: Tensor, condition: dict, generator: 
     return F.mse_loss(predicted.float(), noise.float())
 
 
-def train(unet, scheduler, images: Tensor, condition, steps: int, batch: int, lr: float, seed: int, what: str, sigma: float = 0.0):
+def train(
+    unet, scheduler, images: Tensor, condition, steps: int, batch: int, lr: float, seed: int, what: str, sigma: float = 0.0
+):
     """Train what is trainable in ``unet``, flat if ``sigma`` > 0. ``condition(index)`` belongs to ``images[index]``."""
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=lr)
     if sigma > 0:
@@ -81,7 +84,10 @@ def digits(seed: int, tiny: bool):
 
     train(unet, scheduler, images[:1400], old, 5 if tiny else 600, 64, 1e-3, seed, "source UNet")
     turned = images[1400:].rot90(1, (2, 3))
-    held_out = {"new style, held out: loss": (turned[20:120], new), "old digits: loss": (images[1400:1500], lambda i: old(i + 1400))}
+    held_out = {
+        "new style, held out: loss": (turned[20:120], new),
+        "old digits: loss": (images[1400:1500], lambda i: old(i + 1400)),
+    }
     return unet, scheduler, turned[:20], new, held_out
 
 
@@ -134,8 +140,7 @@ def main() -> None:
             torch.manual_seed(seed)
             unet = copy.deepcopy(base).requires_grad_(False)
             unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=ADAPTED))
-            for parameter in unet.parameters():
-                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+            cast_training_params(unet, dtype=torch.float32)
             train(unet, scheduler, images, condition, steps, 1, lr, seed, arm, sigma)
             run[arm] = {name: score(unet, scheduler, *each) for name, each in held_out.items()}
         runs.append(run)

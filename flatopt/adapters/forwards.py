@@ -18,8 +18,8 @@ PLAIN = {
 
 
 def computes(owner: nn.Module, form: "Format | None") -> "str | None":
-    """``"linear"``, ``"conv"`` or ``"embedding"``, with W as numbers; ``"linear, inside"``, which x εᵀ can be added to, where W
-    stays inside the layer or the layer rounds its inputs; None where it is not known.
+    """``"linear"``, ``"conv"`` or ``"embedding"``, with W as numbers; ``"linear, inside"``, to which x εᵀ can be added, if
+    W stays inside the layer or the layer rounds its inputs; None where it is not known.
 
     ``form``: the quantised format of W, None for a plain one.
     """
@@ -35,7 +35,8 @@ def computes(owner: nn.Module, form: "Format | None") -> "str | None":
 
 def unsupported_reason(weight: AdaptedWeight, noise: str = "filter") -> "str | None":
     """Why noise in the layer's forward would not be the same as noise on this weight, and what to do; None if it would."""
-    layer, owner = weight.layer, weight.owner
+    layer: Any = weight.layer
+    owner = weight.owner
     form = format_of(owner, weight.name)
     instead = "Load the base model unquantised, or leave the layer out with [{'modules': [...]}]"
     if form is None:

@@ -35,18 +35,19 @@ def guard(methods: Iterable[tuple[type, str]], before: Before) -> Callable[[], N
     with _lock:
         keys = list(dict.fromkeys((_definer(cls, name), name) for cls, name in methods))
         for key in keys:
-            _users.setdefault(key, []).append(box)
+            # in one go: a finalizer may call another guard's release() at any allocation
+            _users[key] = [*_users.get(key, ()), box]
             _install(key)
 
     def release() -> None:
         with _lock:
-            for key in keys:
-                users = _users.get(key, [])
-                users[:] = [user for user in users if user is not box]
-                if not users:
-                    _remove(key)
-            keys.clear()
             box.clear()
+            for key in keys:
+                if key in _users:
+                    _users[key] = [user for user in _users[key] if user]
+                    if not _users[key]:
+                        _remove(key)
+            keys.clear()
 
     return release
 
@@ -68,7 +69,7 @@ def _install(key: tuple[type, str]) -> None:
 
 def _remove(key: tuple[type, str]) -> None:
     cls, name = key
-    _users.pop(key, None)
+    del _users[key]
     wrapper, original = _wrappers[key]
     # where others wrapped it since, it stays underneath, passing calls on, and is used again by the next guard
     if cls.__dict__.get(name) is wrapper:

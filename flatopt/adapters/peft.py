@@ -189,7 +189,7 @@ def _chain(layer: Any) -> list[Any]:
 
 def _check_family(layer: Any, path: str) -> None:
     kind = family(layer)
-    if kind not in ADDITIVE:
+    if kind not in ADDITIVE or not hasattr(layer, "get_delta_weight"):  # PEFT 0.18's OSF rebuilds W from its parts
         reason = REASONS.get(kind, "is not among those of which flatopt knows that noise on W reaches the forward unchanged")
         raise ValueError(f"{path} is a PEFT {kind} layer, which {reason}. {WAY_OUT}")
     for variant in getattr(layer, "lora_variant", {}).values():
@@ -284,7 +284,8 @@ def _lora(layer: Any, name: str, weight: Tensor) -> Factors | None:
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     groups = layer.get_base_layer().__dict__.get("groups", 1)  # a miss in nn.Module's own lookup raises: slow, each step
     if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
-        A = torch.cat([ranks.chunk(groups, dim=1)[group] for group, ranks in enumerate(A.chunk(groups))])
+        ranks = A.chunk(groups) if B.shape[1] < A.shape[0] else [A] * groups  # PEFT 0.15's B reads all ranks
+        A = torch.cat([some.chunk(groups, dim=1)[group] for group, some in enumerate(ranks)])
         B = torch.block_diag(*B.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
     A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight.numel() // weight.shape[0]

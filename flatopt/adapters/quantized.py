@@ -17,9 +17,9 @@ FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8
 class Format(NamedTuple):
     """How a layer keeps its weight W.
 
-    ``name``: as errors name it. ``parameter``: the attribute that holds W. ``dequantize(layer, weight)``: W as an ``(out, in)``
-    matrix of new memory; None where flatopt knows no way. ``quantizes_inputs``: the layer rounds its inputs too, so that its
-    output is not x Wᵀ. ``has_linear``: torch's own linear layer works with this kind of tensor.
+    ``name``: as errors name it. ``parameter``: the attribute that holds W. ``dequantize(layer, weight)``: W as an
+    ``(out, in)`` matrix of new memory; None where flatopt knows no way. ``quantizes_inputs``: the layer rounds its inputs
+    too, so that its output is not x Wᵀ. ``has_linear``: torch's own linear layer works with this kind of tensor.
     """
 
     name: str
@@ -37,12 +37,12 @@ def packed_name(layer: nn.Module) -> "str | None":
 def format_of(layer: nn.Module, name: str) -> "Format | None":
     """The quantised format of ``layer.name``; None for a plain floating-point weight."""
     weight: Any = getattr(layer, name)
-    kind = type(weight)
+    kind: Any = type(weight)
     if not isinstance(weight, Tensor):
         return None
     if kind.__name__ == "Params4bit":
         return Format(f"bitsandbytes {getattr(weight, 'quant_type', kind.__name__)}", name, _bitsandbytes_4bit)
-    if kind.__name__ == "Int8Params" and not weight.has_fp16_weights:
+    if kind.__name__ == "Int8Params" and not getattr(weight, "has_fp16_weights", False):
         return Format("bitsandbytes int8", name, _bitsandbytes_int8, quantizes_inputs=True)
     if name == "W_q":
         return Format("HQQ", name, _hqq)
@@ -112,7 +112,8 @@ def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:
     if scale.dim() == 2:
         (m, n), (down, right) = weight.shape, layer.block_size
         scale = scale.repeat_interleave(down, 0)[:m].repeat_interleave(right, 1)[:, :n]
-    return weight.detach().float() * scale
+    numbers: Tensor = weight.detach().float() * scale
+    return numbers
 
 
 def scaled_bytes(weight: Any) -> "tuple[Tensor, Tensor] | None":

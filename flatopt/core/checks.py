@@ -8,7 +8,6 @@ from .flat_shards import sharding_reason
 from .sharding import local, splits_rows_only
 from .weight import FLOATS, OUTPUTS, AdaptedWeight
 
-
 WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
 
 
@@ -41,8 +40,8 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
     # another subclass of Tensor may keep other bits than it shows
     elif type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain tensors "
-            f"of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
+            f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain "
+            f"tensors of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
         )
     if tensor.device.type == "meta":
         raise ValueError(

@@ -8,8 +8,8 @@ from .sharding import is_sharded
 
 ZERO_3 = (
     "DeepSpeed ZeRO-3 keeps a flat slice of it on this rank. Use ZeRO-1 or ZeRO-2 (zero_optimization.stage 2), where every "
-    "rank has the whole frozen weight, or FSDP2 (torch.distributed.fsdp.fully_shard; accelerate's fsdp_version: 2), where it "
-    "has some of its rows"
+    "rank has the whole frozen weight, or FSDP2 (torch.distributed.fsdp.fully_shard; accelerate's fsdp_version: 2), where a "
+    "rank has some of its rows"
 )
 FSDP_1 = (
     "FullyShardedDataParallel (FSDP1) keeps a flat slice of it on this rank. Use FSDP2 (torch.distributed.fsdp.fully_shard; "

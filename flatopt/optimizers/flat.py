@@ -66,8 +66,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
-            for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε again
-            in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
+            for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
+            again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
             GPTQ, AWQ) always get the last.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better

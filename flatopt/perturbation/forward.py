@@ -1,8 +1,8 @@
 r"""``restore="forward"``: noise in the layers' own forward, W never written to; the way for quantised weights.
 
-:math:`y = x\,(\operatorname{dequant}(W) + \varepsilon)^\top + b`, see :mod:`flatopt.perturbation.noisy_layers`. Where flatopt cannot
-dequantise, or the layer rounds its inputs too, :math:`y = \text{layer}(x) + x\,\varepsilon^\top`. To perturb is to switch the
-layers' noise on; to restore, off.
+:math:`y = x\,(\operatorname{dequant}(W) + \varepsilon)^\top + b`, see :mod:`flatopt.perturbation.noisy_layers`. Where
+flatopt cannot dequantise, or the layer rounds its inputs too, :math:`y = \text{layer}(x) + x\,\varepsilon^\top`. To perturb
+is to switch the layers' noise on; to restore, off.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.forwards import computes, unsupported_reason
-from ..adapters.quantized import format_of, shape_of
+from ..adapters.quantized import format_of
 from ..core.weight import FLOATS, AdaptedWeight, WeightView
 from ..ops.noise import Key, signed, weight_key
 from ..ops.norms import row_square_sums
@@ -55,9 +55,11 @@ class ForwardPlan:
             owner, name = view.weight.owner, view.weight.name
             form, device = format_of(owner, name), view.weight.parameter.device
             keys = self._keys.setdefault(device, torch.zeros(len(self.views), 2, dtype=torch.int32, device=device))
-            rows = view.weight.rows(view.weight.parameter).shape[0] if form is None else shape_of(owner, name)[0]
-            std = torch.zeros(rows if noise == "filter" else 1, 1, device=device)
-            weight = noisy_layers.NoisyWeight(view.weight, form, std, keys[number], relative=noise == "element")
+            weight = noisy_layers.NoisyWeight(
+                view.weight, form, torch.zeros(1, 1, device=device), keys[number], noise == "element"
+            )
+            if noise == "filter":
+                weight.std = torch.zeros(weight.shape[0], 1, device=device)
             self._layers.append(noisy_layers.noisy_forward(weight, COMPUTATIONS.get(str(computes(owner, form)))))
 
     @torch.no_grad()
@@ -70,10 +72,11 @@ class ForwardPlan:
         sums = square_sums(self.views, self._layers)
         stds, fan_ins = [layer.noisy.std for layer in self._layers], [layer.noisy.shape[1] for layer in self._layers]
         if self.noise == "isotropic":
-            whole, count = sum(t.sum().to(sums[0].device) for t in sums), sum(len(t) * n for t, n in zip(sums, fan_ins))
-            sums, fan_ins = [(whole / count).view(1).to(std.device) for std in stds], [1] * len(stds)
+            whole = torch.stack([t.sum().to(sums[0].device) for t in sums]).sum()
+            mean = whole / sum(len(t) * n for t, n in zip(sums, fan_ins))
+            sums, fan_ins = [mean.view(1).to(std.device) for std in stds], [1] * len(stds)
         elif self.noise == "layer":
-            sums, fan_ins = [t.mean().view(1) for t in sums], fan_ins
+            sums = [t.mean().view(1) for t in sums]
         found = torch._foreach_sqrt(torch._foreach_div([t.unsqueeze(1) for t in sums], [float(n) for n in fan_ins]))
         torch._foreach_mul_(found, sigma)
         torch._foreach_copy_(stds, found)
@@ -123,7 +126,7 @@ BATCHED_ON = {"cuda"}  # device types on which the number of operations counts
 
 
 def square_sums(views: "list[WeightView]", layers: "list[noisy_layers.NoisyForward]") -> "list[Tensor]":
-    """Per row of each merged weight the sum of squares, float32 ``(m,)``; 0 for a row with inf or NaN, which gets no noise."""
+    """Per row of each merged weight the sum of squares, float32 ``(m,)``; 0 for rows with inf or NaN, which get no noise."""
     found: dict[int, Tensor] = {}
     batches: dict[tuple[Any, ...], list[int]] = {}
     for i, (view, layer) in enumerate(zip(views, layers)):
@@ -196,7 +199,8 @@ def _columns(layer: "noisy_layers.NoisyForward", like: Tensor) -> "Iterator[tupl
 
 
 def _answer(layer: "noisy_layers.NoisyForward", x: Tensor) -> Tensor:
-    y, bias = layer.clean(x), getattr(layer.layer, "bias", None)
+    y: Tensor = layer.clean(x)
+    bias: Tensor | None = getattr(layer.layer, "bias", None)
     return (y if bias is None else y - bias).float()
 
 

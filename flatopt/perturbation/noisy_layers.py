@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad
 
 from ..adapters.quantized import Format, scaled_bytes, shape_of
 from ..core.weight import AdaptedWeight, memory_order
@@ -32,8 +33,8 @@ def row_keys(key: Tensor, rows: Tensor) -> "tuple[Tensor, Tensor]":
 def add_torch_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, numbers: "Tensor | None" = None) -> Tensor:
     """``rows`` + std × normals, in place; as ``restore="copy"`` adds it, bit for bit.
 
-    ``std``: float32 ``(m, 1)`` or ``(1, 1)``; with ``relative``, in units of each element's absolute value. ``numbers``: which
-    rows of the weight these are, int32 ``(m,)``; all of them by default.
+    ``std``: float32 ``(m, 1)`` or ``(1, 1)``; with ``relative``, in units of each element's absolute value. ``numbers``:
+    which rows of the weight these are, int32 ``(m,)``; all of them by default.
     """
     (m, n), device = rows.shape, rows.device
     work = torch.promote_types(rows.dtype, torch.float32)
@@ -54,7 +55,8 @@ def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool) -> Tensor
     """:func:`add_torch_noise_` to a whole matrix; by a kernel where there is one for it."""
     kernels = None if relative or not rows.is_contiguous() else _kernels(rows.device.type)
     if kernels is not None and kernels.takes(rows.shape, rows.dtype):
-        return kernels.add_noise_(rows, std, key)
+        kernels.add_noise_(rows, std, key)
+        return rows
     return add_torch_noise_(rows, std, key, relative)
 
 
@@ -105,9 +107,11 @@ class NoisyWeight:
     """
 
     def __init__(self, weight: AdaptedWeight, form: "Format | None", std: Tensor, key: Tensor, relative: bool):
-        self.owner, self.name, self.layout, self.format = weight.owner, weight.name, weight.layout, form
+        self.owner: Any = weight.owner
+        self.name, self.layout, self.format = weight.name, weight.layout, form
         self.std, self.key, self.relative = std, key, relative
-        self.shape = tuple(weight.rows(weight.parameter).shape) if form is None else shape_of(weight.owner, weight.name)
+        m, n = weight.rows(weight.parameter).shape if form is None else shape_of(weight.owner, weight.name) or (0, 0)
+        self.shape = m, n
 
     def clean_rows(self, weight: Tensor) -> Tensor:
         """W as a matrix, rows = outputs: a view of a plain weight, new memory where it is dequantised."""
@@ -129,15 +133,9 @@ class NoisyWeight:
             if made is not None:
                 return made
         rows = self.clean_rows(weight)
-        if torch.compiler.is_compiling():
-            if gradient is None:
-                rows = _compiled_forward(rows, std, key, self.relative)
-            else:
-                rows = _compiled_backward(rows, std, key, self.relative, gradient)
-        else:
-            rows = rows.clone() if self.format is None else rows
-            add_noise_(rows, std, key, self.relative)
-        return rows.to(dtype)
+        if self.format is None and not torch.compiler.is_compiling():
+            rows = rows.clone()
+        return self._with_noise(rows, std, key, gradient).to(dtype)
 
     def _fused(self, kernels: Any, weight: Any, std: Tensor, key: Tensor, dtype: torch.dtype) -> "Tensor | None":
         """W + ε by one kernel that dequantises and adds the noise; None where there is none for the format."""
@@ -145,32 +143,43 @@ class NoisyWeight:
         if state is not None:
             if state.dtype != dtype or (state.nested and state.state2.blocksize != kernels.OUTER_BLOCK.value):
                 return None
-            return kernels.noisy_4bit(weight, std, key)
+            made: Tensor = kernels.noisy_4bit(weight, std, key)
+            return made
         kept = None if self.format is None else scaled_bytes(weight)
-        return kernels.noisy_bytes(*kept, std, key, dtype) if kept is not None and dtype in kernels.DTYPES else None
+        if kept is None or dtype not in kernels.DTYPES:
+            return None
+        made = kernels.noisy_bytes(*kept, std, key, dtype)
+        return made
 
     def noise_rows(
         self, weight: Tensor, std: Tensor, key: Tensor, dtype: torch.dtype, gradient: "Tensor | None" = None
     ) -> Tensor:
         """ε alone, for a layer whose output is not just x Wᵀ."""
-        zero = std.new_zeros(self.shape, dtype=dtype)
-        if torch.compiler.is_compiling():
-            if gradient is None:
-                return _compiled_forward(zero, std, key, False)
-            return _compiled_backward(zero, std, key, False, gradient)
-        return add_noise_(zero, std, key, False)
+        return self._with_noise(std.new_zeros(self.shape, dtype=dtype), std, key, gradient)
+
+    def _with_noise(self, rows: Tensor, std: Tensor, key: Tensor, gradient: "Tensor | None") -> Tensor:
+        """``rows``, whose memory may be taken, plus ε."""
+        if not torch.compiler.is_compiling():
+            return add_noise_(rows, std, key, self.relative)
+        made: Tensor
+        if gradient is None:
+            made = _compiled_forward(rows, std, key, self.relative)
+        else:
+            made = _compiled_backward(rows, std, key, self.relative, gradient)
+        return made
 
 
 # --- y = x (W + ε)ᵀ + b ---------------------------------------------------------------------------------------------------
 
 
+Make = Callable[..., Tensor]  # W + ε, of (weight, std, key, dtype), and in backward the gradient
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Make) -> Tensor:
         ctx.save_for_backward(weight, std, key)
-        ctx.make, ctx.bias_shape = make, None if bias is None else bias.shape
+        ctx.make = make
         return F.linear(x, make(weight, std, key, x.dtype), bias)
 
     @staticmethod
@@ -183,14 +192,21 @@ class _Linear(torch.autograd.Function):
         return x_gradient, None, b_gradient, None, None, None
 
 
-_CONV_INPUT = {3: torch.nn.grad.conv1d_input, 4: torch.nn.grad.conv2d_input, 5: torch.nn.grad.conv3d_input}
+_CONV_INPUT: dict[int, Callable[..., Tensor]] = {3: grad.conv1d_input, 4: grad.conv2d_input, 5: grad.conv3d_input}
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: "Tensor | None", std: Tensor, key: Tensor, make: Callable, geometry: tuple
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: "Tensor | None",
+        std: Tensor,
+        key: Tensor,
+        make: Make,
+        geometry: tuple[Any, ...],
     ) -> Tensor:
         ctx.save_for_backward(weight, std, key)
         ctx.make, ctx.geometry, ctx.x_shape = make, geometry, x.shape
@@ -209,11 +225,12 @@ class _Conv(torch.autograd.Function):
 
 def _compute_type(layer: Any, x: Tensor) -> torch.dtype:
     """What the layer itself would compute in: bitsandbytes and HQQ have a type of their own, others follow autocast."""
-    own = getattr(layer, "compute_dtype", None)
+    own: torch.dtype | None = getattr(layer, "compute_dtype", None)
     if own is not None:
         return own
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast: torch.dtype = torch.get_autocast_dtype(kind)
+    return autocast if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def linear(noisy: NoisyWeight, x: Tensor) -> Tensor:
@@ -222,7 +239,7 @@ def linear(noisy: NoisyWeight, x: Tensor) -> Tensor:
     weight, bias = getattr(layer, noisy.name), layer.bias
     bias = bias if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        y = _Linear.apply(x.to(dtype), weight, bias, noisy.std, noisy.key, noisy.noisy_rows)
+        y: Tensor = _Linear.apply(x.to(dtype), weight, bias, noisy.std, noisy.key, noisy.noisy_rows)
     return y.to(x.dtype) if getattr(layer, "compute_dtype", None) is not None else y
 
 
@@ -230,7 +247,8 @@ def add_linear_noise(noisy: NoisyWeight, x: Tensor, y: Tensor) -> Tensor:
     """``y``, the layer's own output, + x εᵀ."""
     weight = getattr(noisy.owner, noisy.name)
     with torch.autocast(x.device.type, enabled=False):
-        return y + _Linear.apply(x.to(y.dtype), weight, None, noisy.std, noisy.key, noisy.noise_rows)
+        added: Tensor = _Linear.apply(x.to(y.dtype), weight, None, noisy.std, noisy.key, noisy.noise_rows)
+        return y + added
 
 
 def conv(noisy: NoisyWeight, x: Tensor) -> Tensor:
@@ -251,7 +269,7 @@ def conv(noisy: NoisyWeight, x: Tensor) -> Tensor:
     bias = layer.bias if layer.bias is None else layer.bias.to(dtype)
     geometry = layer.stride, padding, layer.dilation, layer.groups
     with torch.autocast(x.device.type, enabled=False):
-        y = _Conv.apply(x.to(dtype), layer.weight, bias, noisy.std, noisy.key, make, geometry)
+        y: Tensor = _Conv.apply(x.to(dtype), layer.weight, bias, noisy.std, noisy.key, make, geometry)
     return y.squeeze(0) if unbatched else y
 
 
@@ -260,7 +278,7 @@ def embedding(noisy: NoisyWeight, tokens: Tensor) -> Tensor:
     rows = F.embedding(tokens, noisy.owner.weight.detach()).flatten(0, -2)
     numbers = tokens.flatten()
     std = noisy.std if len(noisy.std) == 1 else noisy.std[numbers]
-    noisy_rows = _embedding_op(rows, std, noisy.key, noisy.relative, numbers.int())
+    noisy_rows: Tensor = _embedding_op(rows, std, noisy.key, noisy.relative, numbers.int())
     return noisy_rows.view(*tokens.shape, -1)
 
 
@@ -304,7 +322,7 @@ class NoisyForward:
             return add_linear_noise(self.noisy, args[0], self.clean(*args, **kwargs))
         return self.compute(self.noisy, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.replaced is not None:
             return copy.deepcopy(self.replaced, memo)
         layer = copy.deepcopy(self.layer, memo)  # known to memo already where this is part of it

@@ -339,8 +339,8 @@ class GroupLook:
             rebuilt = [view for view in self.views if view not in inside and view.weight.rebuilt]
             if noise == "isotropic" and inside and len(inside) < len(self.views):
                 raise ValueError(
-                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others are "
-                    "not. Put them into groups of their own, or use restore='forward' for all"
+                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                    "are not. Put them into groups of their own, or use restore='forward' for all"
                 )
             self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
             self.plans += [ForwardPlan(inside, noise)] if inside else []

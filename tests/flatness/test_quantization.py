@@ -158,5 +158,3 @@ def test_raw_parameters_and_convolutions():
     assert torch.equal(seen[0], w)
     assert torch.allclose(seen[1], expected, atol=1e-6)
     assert torch.equal(model[0].weight, w)
-
-

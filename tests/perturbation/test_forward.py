@@ -158,7 +158,7 @@ def test_output_and_gradient_are_those_of_a_dense_layer_at_w_plus_epsilon(make):
     layer = build(make)
     dtype = layer.bias.dtype
     weight, update, x = dequantized(layer), lora_update(), inputs(dtype)
-    plan = perturbed(view_of(layer, update=update))
+    perturbed(view_of(layer, update=update))
     y = layer(x)
     y.square().sum().backward()
     gradient, x.grad = x.grad, None

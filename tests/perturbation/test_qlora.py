@@ -140,7 +140,10 @@ def test_the_optimizer_puts_noise_into_the_forward_of_quantised_layers_by_itself
 
 
 def test_quantised_and_plain_layers_in_one_model(folder):
-    model, tokens = qlora(folder, llm_int8_skip_modules=["gate_proj", "up_proj", "down_proj"], **QUANTIZATIONS["nf4"]), torch.randint(64, (2, 16))
+    model, tokens = (
+        qlora(folder, llm_int8_skip_modules=["gate_proj", "up_proj", "down_proj"], **QUANTIZATIONS["nf4"]),
+        torch.randint(64, (2, 16)),
+    )
     kinds = {type(layer.base_layer.weight).__name__ for layer in lora_layers(model)}
     assert kinds == {"Params4bit", "Parameter"}
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}

@@ -48,7 +48,7 @@ ROW_STRIDE, COLUMN_STRIDE = field("row_stride"), field("column_stride")
 STD, SQUARE_SUMS, NORMS, SCALING, SCRATCH = (field(f) for f in ("std", "square_sums", "norms", "scaling", "scratch"))
 RANK_OF, A_AT, A_ROW_STRIDE, A_COLUMN_STRIDE = (field(f) for f in ("rank", "a", "a_row_stride", "a_column_stride"))
 B_AT, B_ROW_STRIDE, B_COLUMN_STRIDE = field("b"), field("b_row_stride"), field("b_column_stride")
-NAME, PART, MARK = field("name"), field("part"), field("mark")
+NAME, FIRST_ROW, MARK = field("name"), field("first_row"), field("mark")
 
 # What move does: the reversible map, W + noise, W - noise, or nothing (it reads and sums up).
 TOGGLE, ADD, SUBTRACT, READ = (tl.constexpr(how) for how in (0, 1, -1, 2))
@@ -391,10 +391,7 @@ def move(
     rho, delta, step = _grid(std, below, DTYPE, deltas)
     rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
     first, second = _sub_key(first.to(tl.uint32), second.to(tl.uint32), tl.load(layer + NAME))
-    part = tl.load(layer + PART)
-    if part != 0:
-        first, second = _sub_key(first, second, part)
-    first, second = _sub_key(first, second, row)
+    first, second = _sub_key(first, second, tl.load(layer + FIRST_ROW) + row)
     first, second = first[:, None], second[:, None]
 
     right = tl.minimum(left + SPAN, (n // 2 + n % 2).to(tl.int32))

@@ -4,7 +4,6 @@ What they write is what the layer's matrix product reads. W is rounded to the ou
 dequantising first; the noise is :mod:`flatopt.ops.triton.kernels`'s, whose functions make it.
 """
 
-# ruff: noqa: SIM300 (Triton's compile-time branches)
 import contextlib
 from typing import Any
 

@@ -36,7 +36,7 @@ class Row(NamedTuple):
     scratch: int  # where the copy of its A begins in the launch's
     scaling: int  # a float32's bits
     name: int  # the weight's number, which names its noise
-    part: int
+    first_row: int  # the number of its first row in the whole of a sharded weight
     norms: int  # of the rows, where the adapter fixes them
     mark: int  # its number among the plan's marks; -1: it gets none
 
@@ -127,7 +127,7 @@ def entry(view: WeightView, mark: int, find: bool) -> Entry:
         0,
         int(struct.unpack("i", struct.pack("f", scaling))[0]),
         view.index,
-        view.part,
+        view.first_row,
         0 if norms is None else norms.data_ptr(),
         -1 if view.weight.rebuilt else mark,
     )

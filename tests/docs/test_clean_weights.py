@@ -184,7 +184,7 @@ def test_a_write_by_hand_is_told_at_the_step(amid):
     second = spied.model.base_model.model.second.base_layer.weight
     with torch.no_grad():
         second.add_(1.0)
-    with pytest.raises(RuntimeError, match="second.*was written to"):
+    with pytest.raises(RuntimeError, match=r"second.*was written to"):
         optimizer.step()
     assert torch.equal(bits(spied.layer.weight), clean)
 

@@ -184,7 +184,7 @@ def flat(trainer, optimizer, gradient, config, seed):
 
 
 def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator) -> Tensor:
-    """Uniform over one rounding step of a symmetric format: by group of ``group`` inputs, step = max|W'| / (2^(bits-1) - 1)."""
+    """Uniform over one rounding step of a symmetric format, max|W'| / (2^(bits-1) - 1) in each group of ``group`` inputs."""
     rows, fan_in = merged.shape
     filled = nn.functional.pad(merged, (0, -fan_in % group)).view(rows, -1, group)
     width = filled.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)

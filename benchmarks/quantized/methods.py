@@ -240,7 +240,7 @@ def bilora(trainer, optimizer, gradient, config, seed):
                 B.add_(up_B, alpha=lr)
                 A.add_(up_A, alpha=lr)
             length = torch.stack([(scaling * (B @ A)).square().sum() for B, A in pairs]).sum().sqrt()
-            shrink = (config["strength"] / length).clamp(max=1).sqrt()
+            shrink = (config["strength"] / length.clamp(min=1e-12)).clamp(max=1).sqrt()
             for B, A in pairs:
                 B.mul_(shrink)
                 A.mul_(shrink)

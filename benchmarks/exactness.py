@@ -4,12 +4,13 @@ A perceptron trained on handwritten digits is adapted to their negatives with PE
 each dtype of the base and each restore mode. After every step the base weights are compared with those before training,
 bit by bit; between forward and step the noise is compared with Eq. 7.
 
-    python benchmarks/exactness.py            # some 2 minutes on a CPU
-    python benchmarks/exactness.py --sigma 0.15 --steps 6250
+    python -m benchmarks.exactness            # some 2 minutes on a CPU
+    python -m benchmarks.exactness --sigma 0.15 --steps 6250
 """
 
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -25,8 +26,6 @@ from torch import nn
 
 import flatopt
 from flatopt import FlatPerturbOptimizer
-from flatopt.reference import standard_deviation
-from flatopt.schedule import factor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("reversible", "copy", "subtract")
@@ -101,12 +100,13 @@ def run(dtype: torch.dtype, restore: str, seed: int, args, on_step) -> dict:
         clean = [w.detach().clone() for w in weights]
         loss = nn.functional.cross_entropy(model(images.to(dtype)).float(), labels)
         loss.backward()
-        sigma_t = args.sigma * factor("cosine", step, args.steps)
+        sigma_t = args.sigma * 0.5 * (1 - math.cos(math.pi * step / args.steps))
         measured = step % every == every - 1
         if measured:
             now, last = Moments(), step >= 0.9 * args.steps
             for layer, w, c in zip(layers, weights, clean):
-                std = standard_deviation(c, layer.get_delta_weight("default"), sigma_t).detach()
+                merged = c.double() + layer.get_delta_weight("default").detach().double()
+                std = sigma_t * merged.square().mean(dim=1, keepdim=True).sqrt()  # Eq. 7
                 z = (w.double() - c.double()) / std
                 now.add(z)
                 if last:  # sigma_t is sigma there, to 2.5 %
@@ -203,7 +203,9 @@ def picture(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exactness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sigma", type=float, default=0.05, help="the paper's for language models")
     parser.add_argument("--seeds", type=int, default=3)
@@ -228,7 +230,7 @@ def main() -> None:
                 runs = [run(DTYPES[dtype], restore, seed, args, lambda: bar.advance(task)) for seed in range(args.seeds)]
                 rows.append({"dtype": dtype, "restore": restore, "runs": runs})
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.exactness", *sys.argv[1:]]),
         "versions": {"flatopt": flatopt.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "arguments": {"steps": args.steps, "sigma": args.sigma, "seeds": args.seeds, "batch": BATCH},

@@ -1,52 +1,8 @@
-"""Shared by the tests: a tiny network with LoRA, and weights as bits."""
+"""Every test starts with one thread and the same seed. What tests share is in ``helpers.py``."""
 
 import pytest
 import torch
-from torch import nn
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor):
-    """The tensor's bits as integers: tells -0.0 from 0.0 and one NaN from another."""
-    return tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()])
-
-
-class Mlp(nn.Module):
-    def __init__(self, width=32, classes=5):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(16, width), nn.Linear(width, width), nn.Linear(width, classes)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
-
-
-def lora_mlp(dtype=torch.float32, **config):
-    """:class:`Mlp` with PEFT LoRA on all three layers, the B factors not zero."""
-    from peft import LoraConfig, get_peft_model
-
-    config = {"r": 4, "target_modules": ["first", "second", "head"], "init_lora_weights": False, **config}
-    return get_peft_model(Mlp(), LoraConfig(**config)).to(dtype)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def frozen(model):
-    """Name -> clone of every frozen parameter."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-
-
-def changed(model, before):
-    """Names of the parameters in ``before`` that no longer have the same bits."""
-    now = dict(model.named_parameters())
-    return [name for name, w in before.items() if not torch.equal(bits(now[name]), bits(w))]
-
-
-def batch(rows=8, dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 16, generator=g).to(dtype), torch.randint(5, (rows,), generator=g)
+from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable  # noqa: F401  tests still import them from here
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..statistics import holm, paired
 from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, make_config, rows
 
 COLUMNS = {  # title -> (format, part, accuracy 0 or loss 1, decimals)
@@ -32,26 +33,6 @@ class TaskOnly:
         )
 
 
-def paired(differences: "list[float]") -> "tuple[float, float, float]":
-    """Mean, half-width of its 95 % t-interval, p-value of the paired t-test."""
-    from scipy import stats
-
-    n, mean, spread = len(differences), float(np.mean(differences)), float(np.std(differences, ddof=1))
-    if not spread > 0:
-        return mean, 0.0, 1.0
-    error = spread / math.sqrt(n)
-    return mean, float(stats.t.ppf(0.975, n - 1)) * error, float(2 * stats.t.sf(abs(mean) / error, n - 1))
-
-
-def holm(p_values: "list[float]") -> "list[float]":
-    """Adjusted for the family-wise error (Holm, Scandinavian Journal of Statistics 1979)."""
-    order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
-
-
 def by_seed(store: Store, config: dict, seeds) -> "dict[int, dict]":
     return {seed: metrics for seed in seeds if (metrics := store.get(config, seed)) is not None}
 
@@ -66,7 +47,7 @@ def difference_table(pairs: "list[tuple[str, dict, dict]]", reference: str = "pl
         for _, ours, theirs in pairs:
             common = sorted(set(ours) & set(theirs))
             value = [theirs[s][form][part][kind] for s in common]
-            found.append((np.mean(value), *paired([ours[s][form][part][kind] - v for s, v in zip(common, value)])))
+            found.append((np.mean(value), *paired(np.array([ours[s][form][part][kind] for s in common]) - value)))
         for (name, *_), (mean, delta, half, _), p in zip(pairs, found, holm([f[3] for f in found])):
             star = "\\*" if p < 0.05 else ""
             cells[name, title] = f"{mean:.{digits}f} | {delta:+.{digits}f} ± {half:.{digits}f}{star}"
@@ -88,7 +69,7 @@ def lost_table(named: "dict[str, dict[int, dict]]") -> str:
         cells = []
         for form in formats:
             mean, plain = (np.mean([lost(of[s], form) for s in common]) for of in (ours, named["plain"]))
-            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if name != "plain" else f"{mean:.1f}")
+            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if name != "plain" and plain else f"{mean:.1f}")
         update = 100 * np.mean([ours[s]["relative_update"] for s in common])
         lines.append(f"| {name} | {update:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -158,7 +139,7 @@ def picture(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None
     }
     for name in shown:
         values = np.array([[m[f]["test"][0] for f in forms] for m in named[name].values()])
-        half = [paired(list(column))[1] for column in values.T]
+        half = [paired(column)[1] for column in values.T]
         axis.errorbar(range(len(forms)), values.mean(0), half, label=name, capsize=2, linewidth=1.5, **styles[name])
     axis.set_xticks(range(len(forms)), ["full", *(f.replace("/", ", groups of ") for f in forms[1:])], rotation=20)
     axis.set(ylabel="test accuracy, %", title=title)

@@ -14,7 +14,7 @@ What is expensive is built once and cached in the folder ``cache``.
 
 def load(name: str, device: str, cache, quick: bool = False):
     if name == "digits":
-        from .digits import DigitsTransfer
+        from .digits_transfer import DigitsTransfer
 
         return DigitsTransfer(device, cache, quick)
     if name == "text":

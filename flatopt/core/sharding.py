@@ -1,10 +1,13 @@
 """FSDP2: a rank perturbs its own rows of a sharded weight (DTensor), in place."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from .weight import WeightUpdate
+if TYPE_CHECKING:
+    from .weight import AdaptedWeight, WeightUpdate
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -23,15 +26,14 @@ def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
     return not is_sharded(weight) or all(p.is_replicate() or (p.is_shard() and p.dim in row_dims) for p in weight.placements)
 
 
-def shard_index(weight: Tensor) -> int:
-    """Which part of the weight this rank holds; 0 for the whole. Two parts must not get the same noise."""
-    index = 0
-    if is_sharded(weight):
-        for dimension, placement in enumerate(weight.placements):
-            if placement.is_shard():
-                mesh = weight.device_mesh
-                index = index * mesh.size(dimension) + mesh.get_local_rank(dimension)
-    return index
+def first_row(weight: Tensor, layout: str) -> int:
+    """The number of this rank's first row among all rows of the weight, by which its noise is keyed."""
+    if not is_sharded(weight):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return int(offset[1] if layout == "columns" else offset[0] * (weight.shape[1] if layout == "experts" else 1))
 
 
 def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(total, weight.device_mesh, placements, run_check=False).full_tensor()
 
 
-def local_update(update: WeightUpdate, weight: Tensor) -> WeightUpdate:
+def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
     """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
     if not is_sharded(weight):
         return update
@@ -58,11 +60,11 @@ def local_update(update: WeightUpdate, weight: Tensor) -> WeightUpdate:
             tensor = DTensor.from_local(tensor, weight.device_mesh, replicated, run_check=False)
         return tensor.redistribute(placements=weight.placements).to_local()
 
-    def whole(tensor):
+    def whole(tensor: Any) -> Any:
         return tensor.full_tensor() if isinstance(tensor, Tensor) and is_sharded(tensor) else tensor
 
     factors = tuple((rows(B), whole(A), whole(scaling)) for B, A, scaling in update.factors)
-    return WeightUpdate(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
+    return type(update)(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
 
 
 def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
@@ -72,3 +74,20 @@ def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
     next forward or backward gathers what was written to the shards meanwhile.
     """
     return [m for root in roots for m in root.modules() if hasattr(type(m), "unshard") and hasattr(type(m), "reshard")]
+
+
+def data_parallel_rank(weights: "Iterable[AdaptedWeight]") -> int:
+    """This process's number among those that draw noise of their own.
+
+    Ranks that hold parts of one weight, or replicas of it in one tensor-parallel forward, share a number: noise is keyed by
+    global row, so their parts fit together, on any number of ranks.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0
+    for weight in weights:
+        if is_sharded(parameter := weight.parameter):
+            mesh = parameter.device_mesh
+            coordinate = mesh.get_coordinate()
+            if coordinate is not None:  # (data,) tensor or shard: the last dimension holds one forward, or one weight
+                return int(mesh.mesh[(*coordinate[:-1], 0)])
+    return torch.distributed.get_rank()

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .sharding import local
+
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
 
-OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0, 1)}  # layout of a weight -> its dimensions of outputs
+OUTPUTS = {"rows": (0,), "columns": (1,), "experts": (0,)}  # layout of a weight -> the dimensions it may be sharded along
 
 Factors = tuple[Tensor, Tensor, "float | Tensor"]  # (B, A, scaling)
 
@@ -57,6 +59,11 @@ class AdaptedWeight:
         parameter = self.owner._parameters.get(self.name)
         return getattr(self.owner, self.name) if parameter is None else parameter
 
+    @property
+    def weight(self) -> Tensor:
+        """This rank's part, without autograd, but with its version counter: what a graph saved is known to have changed."""
+        return local(self.parameter.detach())
+
     def rows(self, weight: Tensor) -> Tensor:
         """The 2-D view, rows = outputs, columns = fan-in, of a tensor like the weight, strides and all."""
         if weight.dim() < 2:
@@ -77,12 +84,13 @@ class WeightView:
     ``tensor`` shares memory and version counter with the weight (its local part), so that a graph that saved it notices a
     write; ``rows`` is its 2-D view. Both are None between steps: nothing may keep a deleted model's memory.
     ``square_sums``: per row the sum of squares of W alone, float32, ``(rows,)``; filled by a backend and kept as long as
-    nobody but flatopt changes W. ``part``: which part of a sharded weight this rank holds, 0 for the whole.
+    nobody but flatopt changes W. ``first_row``: the number of its first row in the whole of a sharded weight.
     """
 
     weight: AdaptedWeight
     index: int
-    part: int = 0
+    first_row: int = 0
+    parameter: Tensor | None = None
     tensor: Tensor | None = None
     rows: Tensor | None = None
     update: WeightUpdate = field(default_factory=WeightUpdate)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..groups import read_groups
-from ..noise import step_key, sub_key
-from ..peft_layers import is_tuner_layer
-from ..targets import Target
-from ..window import close_around
+from ..core.weight import AdaptedWeight, WeightUpdate, in_memory_order
+from ..ops import step_key, sub_key
+from ..optimizers.groups import read_groups
+from ..perturbation.weights import restore_inside
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -23,7 +22,9 @@ class Point:
     Lists of tensors run over the weights, shaped like them, in float32 (float64 for float64 weights).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[Target]"):
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"
+    ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
         self.weights = weights
         self._clean = [w.detach().clone() for w in weights]
@@ -32,27 +33,31 @@ class Point:
         """W' of weight ``index``, unmoved; with the adapter's part if the adapter is not merged into it."""
         clean = self._clean[index]
         value = clean.to(_work(clean), copy=True)
-        if self._targets and not is_tuner_layer(self._targets[index].layer):
-            rows, delta = self._targets[index].rows_of(value), self._targets[index].delta()
-            for B, A, scaling in delta.factors:
+        if self._targets and not self._targets[index].adapter.is_merged(self._targets[index].layer):
+            rows, update = self._targets[index].rows(value), self._update(index)
+            for B, A, scaling in update.factors:
                 rows += scaling * (B.detach().to(rows.dtype) @ A.detach().to(rows.dtype))
-            if delta.dense is not None:
-                rows += delta.dense.detach()
+            if update.dense is not None:
+                rows += update.dense.detach()
         return value
+
+    def _update(self, index: int) -> WeightUpdate:
+        weight = self._targets[index]
+        return in_memory_order(weight.adapter.updates([weight])[0], self._clean[index], weight.layout)
 
     def row_norms(self, index: int, tensor: Tensor) -> Tensor:
         """Of a tensor like weight ``index`` the norm of each output row, broadcastable to it."""
         norms = torch.empty_like(tensor)
-        rows = self._targets[index].rows_of(norms)
-        rows.copy_(self._targets[index].rows_of(tensor).norm(dim=1, keepdim=True).expand_as(rows))
+        rows = self._targets[index].rows(norms)
+        rows.copy_(self._targets[index].rows(tensor).norm(dim=1, keepdim=True).expand_as(rows))
         return norms
 
     def rows(self, index: int, tensor: Tensor) -> Tensor:
         """Of a tensor like weight ``index`` the view (rows, fan-in)."""
-        return self._targets[index].rows_of(tensor)
+        return self._targets[index].rows(tensor)
 
     def fan_in(self, index: int) -> int:
-        return self._targets[index].rows_of(self._clean[index]).shape[1]
+        return self._targets[index].rows(self._clean[index]).shape[1]
 
     def random(self, index: int, seed: int, draw: int, signs: bool = False) -> Tensor:
         """Standard normals, or random signs, for weight ``index``: a function of the seed, the draw and the index alone."""
@@ -123,13 +128,13 @@ def at_weights(model: nn.Module, loss_fn: LossFn, batches: Iterable, targets=Non
         raise ValueError(f"space must be 'full' or 'adapter', got {space!r}")
     groups, _ = read_groups(model if targets is None else targets, {})
     found = [target for group in groups for target in group["targets"]]
-    close_around(model)
+    restore_inside(model)
     layers = list(dict.fromkeys(target.layer for target in found))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         if space == "adapter":
-            merged = [target.path for target in found if getattr(target.layer, "merged", False) is True]
+            merged = [target.path for target in found if target.adapter.is_merged(target.layer)]
             if merged:
                 raise ValueError(f"space='adapter', but the adapter of {merged[0]} is merged: call unmerge_adapter() first")
             with _kept([p for layer in layers for p in layer.parameters() if p.requires_grad]) as weights:
@@ -147,7 +152,7 @@ def at_weights(model: nn.Module, loss_fn: LossFn, batches: Iterable, targets=Non
 @contextmanager
 def _merged(layers: "list[nn.Module]") -> Iterator[None]:
     """PEFT layers with their adapters merged; afterwards unmerged, and their base layers' bits as they were."""
-    unmerged = [layer for layer in layers if is_tuner_layer(layer) and not layer.merged]
+    unmerged = [layer for layer in layers if hasattr(layer, "unmerge") and not layer.merged]
     before = [
         (module, name, p, p.data, p.detach().clone())
         for layer in unmerged

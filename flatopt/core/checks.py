@@ -1,0 +1,72 @@
+"""Whether a weight can be perturbed as it stands now."""
+
+from torch import Tensor, nn
+
+from ..adapters.forwards import unsupported_reason
+from ..adapters.quantized import format_of
+from .flat_shards import sharding_reason
+from .sharding import local, splits_rows_only
+from .weight import FLOATS, OUTPUTS, AdaptedWeight
+
+WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
+
+
+def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
+    """Raise unless ``weight`` can be perturbed now; with ``in_forward``, in its layer's forward where it is quantised.
+
+    Raises:
+        ValueError: a weight that is quantised, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
+            offloaded; names it and the way out.
+    """
+    parameter, path = weight.parameter, weight.path
+    tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
+    if type(tensor).__name__ == "FakeTensor":
+        raise ValueError(
+            f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model with "
+            "the bare optimizer: flatopt adds 8 bytes a row of W"
+        )
+    reason = sharding_reason(parameter, weight.owner)
+    if reason is not None:
+        raise ValueError(f"{path} cannot be perturbed: {reason}")
+    form = format_of(weight.owner, weight.name)
+    if form is not None:
+        reason = unsupported_reason(weight) if in_forward else f"noise would be rounded away or break its format. {WAY_OUT}"
+        if reason is not None:
+            kind = f"{form.name}: {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
+            where = ", and cannot get its noise in the forward either" if in_forward else ""
+            raise ValueError(f"{path} is quantised ({kind}){where}: {reason}")
+    # another subclass of Tensor may keep other bits than it shows
+    elif type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain "
+            f"tensors of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{path} is on the meta device: it was not loaded yet, or is offloaded. Load the model's weights (and turn "
+            "CPU/disk offload off) before the training step"
+        )
+    if tensor.numel() == 0:
+        raise ValueError(
+            f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
+            "FSDP2, where each rank keeps rows of the weight"
+        )
+    if not splits_rows_only(parameter, OUTPUTS[weight.layout]):
+        raise ValueError(
+            f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
+            "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"
+        )
+    if parameter.requires_grad:
+        raise ValueError(
+            f"{path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or leave it "
+            "out with [{'modules': [...]}]"
+        )
+    if weight.adapter.is_merged(weight.layer):
+        raise ValueError(
+            f"{path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
+            "training"
+        )
+    if getattr(weight.owner.__dict__.get("_hf_hook"), "offload", False):
+        raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")

@@ -1,0 +1,24 @@
+"""The arithmetic: noise from keys, standard deviations, the map that takes itself off, and the backends that write to W."""
+
+from .backend import BACKENDS, RESTORES, Backend, Plan, plan
+from .constants import writing
+from .fingerprint import fingerprint
+from .noise import Key, normals, step_key, sub_key
+from .norms import NOISES, row_square_sums, square_sums
+
+__all__ = [
+    "BACKENDS",
+    "NOISES",
+    "RESTORES",
+    "Backend",
+    "Key",
+    "Plan",
+    "fingerprint",
+    "normals",
+    "plan",
+    "row_square_sums",
+    "square_sums",
+    "step_key",
+    "sub_key",
+    "writing",
+]

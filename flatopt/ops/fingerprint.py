@@ -1,0 +1,74 @@
+"""Proof of what stands in memory: a checksum of a tensor's bits that sees every changed element, and where it stood.
+
+The bits are read as words of 64 bits, word number ``i`` is added up in lane ``i % LANES``, and the lanes are added up with
+odd factors of their own, modulo 2^64. A single changed word always shows.
+"""
+
+import torch
+from torch import Tensor
+
+from .constants import constant
+from .reversible import BITS
+
+LANES = 509  # prime, so that neither a shifted row nor an exchanged one falls into the same lanes; 31 vectors of 16, and 13
+
+
+@constant
+def _factors(device: torch.device) -> Tensor:
+    index = torch.arange(LANES, dtype=torch.int64, device="cpu")
+    return (index * 0x9E3779B97F4A7C15 - (1 << 63)).bitwise_or_(1).to(device)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.view(-1)
+    whole = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return flat.view(torch.int64 if whole else BITS[flat.dtype])
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Of a contiguous floating-point tensor's bits: int64, 0-dimensional, on its device."""
+    words = _words(tensor)
+    size = len(words)
+    if size > LANES:
+        tall = size // LANES
+        lanes = words[: tall * LANES].view(tall, LANES).sum(0)
+        # the last few, with some of those that the lanes have already
+        return (lanes.add_(words[size - LANES :], alpha=3) * _factors(tensor.device)).sum()
+    return (words * _factors(tensor.device)[:size]).sum()
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """The same as a number, of any floating-point tensor; waits for the tensor's device."""
+    return int(checksum(tensor.detach().contiguous()).item())
+
+
+class Flags:
+    """One mark for each of ``size`` weights, set on ``device`` and read by the host without making it wait."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._waits = device.type == "cuda"
+        self._on_host = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=self._waits)
+        self._sent: torch.cuda.Event | None = torch.cuda.Event() if self._waits else None  # type: ignore[no-untyped-call]
+        self._under_way = False
+
+    def send(self) -> None:
+        """Queue the copy to the host, after all that sets marks."""
+        self._on_host.copy_(self.on_device, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.on_device.device))
+        self._under_way = True
+
+    def read(self, wait: bool = False) -> list[int]:
+        """The numbers of the weights marked, which are then no longer; none as long as the copy is under way."""
+        if not self._under_way:
+            return []
+        if self._sent is not None:
+            if not wait and not self._sent.query():  # type: ignore[no-untyped-call]
+                return []
+            self._sent.synchronize()
+        self._under_way = False
+        marked = [number for number, mark in enumerate(self._on_host.tolist()) if mark]
+        if marked:
+            self.on_device.zero_()
+        return marked

@@ -1,0 +1,248 @@
+"""The kernels from Python: a plan's launches and their table, kept while nothing in it changes."""
+
+import contextlib
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.language import constexpr
+
+from ...core.weight import WeightView
+from ..constants import writing
+from ..fingerprint import Flags
+from ..noise import Key, signed
+from ..norms import rows_of, standard_deviations
+from ..reversible import delta_table, grid_bits
+from . import kernels
+from .kernels import ADD, APPROX, PERTURB, READ, RESTORE, RESUME, REVERT, SPAN, SUBTRACT, TOGGLE
+from .table import DTYPES, Entry, Kind, entry, upload
+
+# What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
+ROWS, PAIRS, WARPS = 16, 64, 4
+PREPARE_DEPTH, PREPARE_STAGES = 256, 1
+NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+COUNTS_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+
+
+class TritonPlan:
+    """See :class:`flatopt.ops.backend.Plan`.
+
+    One launch perturbs all weights alike in dtypes and alignment. It runs as a whole or not at all, and may be done again:
+    by the sums that perturbing left, the kernel knows what it finds (``kernels.move``). So the journal is the number of
+    launches whose weights are perturbed, and whether the next one may have run.
+    """
+
+    def __init__(self, views: list[WeightView], noise: str, restore: str, group: Sequence[WeightView]):
+        self.views, self._noise, self._restore, self._group = views, noise, restore, group
+        self._device = rows_of(views[0]).device
+        self._seen = Seen([], [], [])
+        self._entries: list[Entry] = []
+        self._launches: list[Launch] = []
+        self._stds: list[Tensor] = []  # of each weight (rows, 1)
+        self._marks = Flags(len(views), self._device)
+        self._perturbed, self._in_doubt = 0, False
+        self._sigma = 0.0
+        self._key: Key | None = None  # of the sums that the launches hold
+        self._clean: list[Tensor] = []
+
+    def fill_std(self, sigma: float) -> None:
+        self._demand_clean("fill_std()")
+        with writing(), _on(self._device):
+            self._sigma, self._key, self._clean = sigma, None, []
+            self._look()
+            given = [number for number, e in enumerate(self._entries) if e.given]
+            if given:
+                stds = standard_deviations([self.views[n] for n in given], self._noise, sigma, self._group)
+                for number, std in zip(given, stds):
+                    self._stds[number].copy_(std)
+            for launch in self._launches:
+                launch.fill_std(sigma)
+
+    def perturb(self, key: Key) -> None:
+        if key != self._key:
+            self._demand_clean("perturbing with another key")
+        with writing(), _on(self._device):
+            again = key == self._key
+            if self._restore == "copy":
+                if self._clean:  # as it was before, whatever somebody wrote to it meanwhile: that is told
+                    self._put_copy_back()
+                    again = False
+                else:
+                    self._clean = [rows_of(view).clone() for view in self.views]
+            self._key = key
+            _count_writes(self.views)
+            while self._perturbed < len(self._launches):
+                self._perturb_next(again or self._in_doubt)
+
+    def restore(self) -> None:
+        if self._perturbed == 0 and not self._in_doubt:
+            return
+        with writing(), _on(self._device):
+            _count_writes(self.views)
+            if self._restore == "copy":
+                self._put_copy_back()
+            else:
+                if self._in_doubt:
+                    self._perturb_next(True)
+                how = TOGGLE if self._restore == "reversible" else SUBTRACT
+                while self._perturbed:
+                    self._move(self._launches[self._perturbed - 1], how, RESTORE)
+                    self._perturbed -= 1
+            self._marks.send()
+
+    def written(self, wait: bool = False) -> list[WeightView]:
+        return [self.views[number] for number in self._marks.read(wait)]
+
+    def release(self) -> None:
+        self._demand_clean("release()")
+        self._clean = []
+
+    def _demand_clean(self, what: str) -> None:
+        if self._perturbed or self._in_doubt:
+            raise RuntimeError(f"{self.views[0].weight.path} and others are perturbed: call restore() before {what}")
+
+    def _perturb_next(self, again: bool) -> None:
+        self._in_doubt = True
+        how = TOGGLE if self._restore == "reversible" else ADD
+        self._move(self._launches[self._perturbed], how, RESUME if again else PERTURB)
+        self._perturbed += 1
+        self._in_doubt = False
+
+    def _move(self, launch: "Launch", how: constexpr, stage: constexpr) -> None:
+        assert self._key is not None
+        launch.move(how, stage, self._key, self._sigma, self._marks.on_device)
+        if stage is not PERTURB:
+            back = TOGGLE if how is TOGGLE else SUBTRACT if how is ADD else ADD
+            launch.move(back, REVERT, self._key, self._sigma, self._marks.on_device)
+
+    def _put_copy_back(self) -> None:
+        done = self._launches if self._perturbed == 0 and not self._in_doubt else self._launches[: self._perturbed]
+        for launch in done:
+            launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.on_device)
+        torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
+        self._perturbed, self._in_doubt = 0, False
+
+    def _look(self) -> None:
+        """Follow the weights and updates where they changed; the table goes to the device if something in it did."""
+        seen = Seen.of(self.views)
+        if seen.same_as(self._seen):
+            return
+        find = self._noise == "filter"
+        entries = [entry(view, number, find) for number, view in enumerate(self.views)]
+        if [e[:3] for e in entries] != [e[:3] for e in self._entries]:
+            by_kind: dict[Kind, list[int]] = {}
+            for number, e in enumerate(entries):
+                by_kind.setdefault(e.kind, []).append(number)
+            self._launches = [Launch(self._device, kind, [entries[n] for n in some]) for kind, some in by_kind.items()]
+            stds = {n: std for launch, some in zip(self._launches, by_kind.values()) for n, std in zip(some, launch.stds_of)}
+            self._stds = [stds[number] for number in range(len(entries))]
+        self._entries, self._seen = entries, Seen.of(self.views)  # the square sums may be new
+
+
+class Seen(NamedTuple):
+    """What the table was made of."""
+
+    weights: list[int]
+    updates: list[object]
+    square_sums: list[object]
+
+    @staticmethod
+    def of(views: list[WeightView]) -> "Seen":
+        return Seen(
+            [view.tensor.data_ptr() for view in views],  # type: ignore[union-attr]
+            [view.update for view in views],
+            [view.square_sums for view in views],
+        )
+
+    def same_as(self, other: "Seen") -> bool:
+        return (
+            self.weights == other.weights
+            and all(map(operator.is_, self.updates, other.updates))
+            and all(map(operator.is_, self.square_sums, other.square_sums))
+        )
+
+
+class Launch:
+    """Weights alike in dtypes and alignment, and their table on the device."""
+
+    def __init__(self, device: torch.device, kind: Kind, members: list[Entry]):
+        self.kind = kind
+        table, heights, offset, self.scratch = [], [], 0, 0
+        for member in members:
+            row = member.row
+            table.append(row._replace(std=offset, scratch=self.scratch))
+            heights.append(row.rows)
+            offset, self.scratch = offset + row.rows, self.scratch + (row.rank * row.columns + 7) // 8 * 8
+        shapes = tuple((member.row.rows, member.row.columns) for member in members)
+        self.size, self.finds = len(members), not all(member.given for member in members)
+        self.table = upload(table, device)
+        self.tiles = _tiles(shapes, ROWS, SPAN.value, device)
+        self.norm_tiles = _tiles(shapes, NORM_ROWS, None, device)
+        self.stds = torch.zeros(offset, dtype=torch.float32, device=device)
+        self.stds_of: tuple[Tensor, ...] = torch.split(self.stds.unsqueeze(1), heights)
+        self.sums = torch.zeros(len(self.tiles) * ROWS * 2, dtype=torch.int32, device=device)
+        self.again = torch.zeros(len(self.tiles), dtype=torch.int32, device=device)
+        self.whole = kind.packed and all(columns // 2 % PAIRS == 0 for _, columns in shapes)
+        # a thread reads 16 bytes at a time: that many words have one total
+        self.halvings = 0 if not kind.packed else 1 if kind.dtype == torch.float32 else 2
+        self.constants = ROWS, PAIRS, WARPS
+
+    def fill_std(self, sigma: float) -> None:
+        """Find the standard deviations that are not given."""
+        if not self.finds:
+            return
+        kind, device, dtype, rank = self.kind, self.stds.device, DTYPES[self.kind.dtype], self.kind.rank
+        prepare_depth, depth = PREPARE_DEPTH * 16 // rank, max(32, NORM_DEPTH * 16 // rank)
+        scratch = torch.empty(max(self.scratch, 1), dtype=kind.dtype, device=device)
+        grams = torch.empty(self.size, rank, rank, dtype=torch.float32, device=device)
+        kernels.prepare[(self.size,)](
+            self.table, scratch, grams, dtype, DTYPES[kind.a_dtype], rank, prepare_depth, APPROX, num_stages=PREPARE_STAGES
+        )
+        kernels.norms[(len(self.norm_tiles),)](
+            self.table, self.norm_tiles, self.stds, scratch, grams, sigma,
+            kind.packed, dtype, DTYPES[kind.b_dtype], rank, NORM_ROWS, depth, APPROX,
+            num_warps=NORM_WARPS, num_stages=NORM_STAGES,
+        )  # fmt: skip
+
+    def move(self, how: constexpr, stage: constexpr, key: Key, sigma: float, marks: Tensor) -> None:
+        """See ``kernels.move``."""
+        below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, self.kind.dtype)
+        rows, pairs, warps = self.constants
+        kernels.move[(len(self.tiles),)](
+            self.table, self.tiles, self.stds, delta_table(self.stds.device), self.sums, self.again, marks,
+            below, signed(key[0]), signed(key[1]), stage.value,
+            how.value, self.kind.packed, self.whole, DTYPES[self.kind.dtype], rows, pairs, self.halvings, APPROX,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles(shapes: tuple[tuple[int, int], ...], rows: int, span: int | None, device: torch.device) -> Tensor:
+    """(weight, first row, first pair) of each program, for ``rows`` rows by ``span`` pairs each, or by whole rows."""
+    tiles = [
+        torch.cartesian_prod(
+            torch.tensor([number], dtype=torch.int32, device="cpu"),
+            torch.arange(0, m, rows, dtype=torch.int32, device="cpu"),
+            torch.arange(0, (n + 1) // 2 if span else 1, span or 1, dtype=torch.int32, device="cpu"),
+        )
+        for number, (m, n) in enumerate(shapes)
+    ]
+    return torch.cat(tiles).to(device)
+
+
+def _count_writes(views: list[WeightView]) -> None:
+    # a kernel's writes do not move the version counters, by which autograd knows that W changed
+    tensors = [view.tensor for view in views if view.tensor is not None]
+    if COUNTS_LISTS:
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,1 @@
+"""The optimizers around an optimizer: FlatPerturbOptimizer, and SAM to compare with."""

@@ -1,0 +1,500 @@
+"""The optimizer wrapper: the one line that changes."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..adapters.forwards import unsupported_reason
+from ..adapters.guards import guard
+from ..adapters.quantized import format_of
+from ..core.checks import check
+from ..core.sharding import data_parallel_rank
+from ..core.warn import warn_user
+from ..core.weight import AdaptedWeight
+from ..ops import NOISES
+from ..perturbation.hooks import Doors, listen
+from ..perturbation.noise import NoiseRequest
+from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights, refuse_overlapping
+from .groups import read_groups
+from .schedule import SCHEDULES, Schedule, factor
+from .wrapper import OptimizerWrapper
+
+STEP, SEED = "flatopt_step", "flatopt_seed"
+
+
+class FlatPerturbOptimizer(OptimizerWrapper):
+    r"""Trains low-rank adapters at randomly perturbed frozen base weights (Flat-LoRA, Li et al., ICML 2025).
+
+    Minimises the expected loss around the *merged* weight, in the full parameter space, over the adapter alone:
+
+    .. math::
+        \min_{A,B}\ \mathbb E_{\varepsilon}\, L(W + sBA + \varepsilon), \qquad
+        \varepsilon_{ij} \sim \mathcal N\Big(0,\ \frac{\sigma_t^2}{n}\,\lVert (W + sBA)_{i,:}\rVert^2\Big), \qquad
+        \sigma_t = \sigma\cdot\tfrac12\big(1-\cos(\pi t/T)\big)
+
+    with :math:`W` the frozen base weight (:math:`m \times n`, n counted over all input dimensions), :math:`sBA` what the
+    adapter adds, :math:`t` the optimizer step and :math:`T` = ``total_steps`` (Eq. 7 of arXiv 2409.14396).
+
+    A step, for the loop you have:
+
+    1. The first training forward (root module in train mode, gradients enabled) draws ε from (seed, step, weight, rank)
+       and sets W to W + ε. Further micro-batches see the same ε.
+    2. Forward and backward run at W + ε.
+    3. ``step()`` puts W back, bit for bit, then runs the wrapped optimizer, and counts the step.
+
+    Evaluation, no-grad forwards, ``state_dict``, ``save_pretrained``, ``merge_and_unload`` and copies see clean W.
+
+    Args:
+        optimizer: the constructed optimizer to wrap. ``param_groups``, ``state`` and ``defaults`` are its own, live.
+        targets: an ``nn.Module`` (the frozen weight under every low-rank module in it: PEFT layers, modules made known by
+            :func:`register_low_rank`), or a list of dicts ``{"modules": module or iterable of modules}`` or ``{"params":
+            [frozen parameters]}``, each with ``sigma``, ``schedule``, ``noise``, ``restore`` of its own if it differs.
+            See ``perturb_groups`` for the result; it may be changed during training.
+        sigma: noise std in units of the rms of each row of the merged weight; ≥ 0. 0.05 is the paper's value for T5 and
+            Llama-2-7B, 0.15 for CLIP ViT-B/32; small models need more.
+        total_steps: :math:`T`, in optimizer steps. Needed by every schedule but ``"constant"``.
+        schedule: ``"cosine"`` (0 → σ, the paper's), ``"linear"`` (0 → σ), ``"constant"``, or a callable from progress in
+            [0, 1] to a factor on σ. Past the end the factor stays at its last value.
+        noise: ``"filter"`` (above), ``"layer"`` (one std a weight: σ × its rms), ``"isotropic"`` (one std for all weights
+            of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
+        restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
+            ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
+            for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
+            again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
+            GPTQ, AWQ) always get the last.
+        seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
+        shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
+            estimate of the expectation at no cost.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming the value; and for targets that cannot be perturbed
+            (none found, quantised in an unknown way, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
+            out. No weight is changed then.
+
+    Example::
+
+        optimizer = torch.optim.AdamW(trainable, lr=5e-4)
+        optimizer = FlatPerturbOptimizer(optimizer, model, sigma=0.05, total_steps=steps)
+        for x, y in loader:
+            criterion(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        targets: "nn.Module | list[dict[str, Any]]",
+        *,
+        sigma: float = 0.05,
+        total_steps: int | None = None,
+        schedule: Schedule = "cosine",
+        noise: str = "filter",
+        restore: str = "reversible",
+        seed: int = 0,
+        shared: bool = False,
+    ):
+        self._wrap(optimizer)
+        layer: Any = optimizer
+        while layer is not None:
+            if isinstance(layer, FlatPerturbOptimizer):
+                raise TypeError(
+                    "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
+                    "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
+                    "FlatPerturbOptimizer"
+                )
+            layer = layer.__dict__.get("optimizer")
+        if not _is_whole(seed):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
+        self._seed, self._step = int(seed), 0
+        self.total_steps, self.shared = total_steps, shared
+        self.perturb_groups, self._roots = read_groups(targets, defaults)
+        weights = [weight for group in self.perturb_groups for weight in group["targets"]]
+        for group in self.perturb_groups:
+            check_group(group)
+            for weight in group["targets"]:
+                check(weight, in_forward=True)
+                _check_forward(weight, group)
+        refuse_overlapping(weights)
+        self._told: set[str] = set()
+        self._drawn, self._parts = False, set[int]()
+        self._adopt(self.innermost.param_groups)
+        self._attach()
+
+    # --- attached to an optimizer and a model -----------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._weights = PerturbedWeights(self.perturb_groups, self._roots)
+        self._take_over()
+        self._weights.attach()
+        myself = weakref.ref(self)
+        self._doors = Doors(self._weights, lambda: (me := myself()) and me.perturb())
+        weights = self._weights.weights()
+        handles = listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        inner = self.innermost
+        for register, hook in (
+            (inner.register_step_pre_hook, FlatPerturbOptimizer._before_inner_step),
+            (inner.register_step_post_hook, FlatPerturbOptimizer._after_inner_step),
+            (inner.register_state_dict_pre_hook, FlatPerturbOptimizer._before_inner_state_dict),
+            (inner.register_load_state_dict_post_hook, FlatPerturbOptimizer._after_inner_load),
+        ):
+            handles.append(register(_weakly(myself, hook)))  # type: ignore[operator]
+        layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
+        methods = dict.fromkeys(method for adapter, layer in layers for method in adapter.guarded_methods(layer))
+        release = guard(methods, self._doors.clean_inside)
+        # a model that outlives its optimizer keeps clean weights and no hooks
+        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, release)
+        self._finalizer.atexit = False
+        self._weights.detach_all = self._finalizer
+        self._mirror()
+
+    def _take_over(self) -> None:
+        for other, weight in self._weights.rivals():
+            state = other.state
+            other.taken_over = weight.path
+            other.detach_all()
+            warn_user(
+                f"{weight.path} was perturbed by an older FlatPerturbOptimizer that is still referenced"
+                f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and the old "
+                "one perturbs no more. Call detach() on an optimizer that is done with, or use it as a context manager",
+            )
+
+    def detach(self) -> None:
+        """Put W back and take off all hooks: the wrapped optimizer and the model are as if never touched. Idempotent.
+
+        The wrapped optimizer, ``optimizer.optimizer``, goes on bare; a new FlatPerturbOptimizer may be put around it.
+        """
+        self._finalizer()
+
+    def __enter__(self) -> "FlatPerturbOptimizer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    # --- the perturbation -------------------------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether W stands at W + ε now; not while a reader amid a step finds it clean."""
+        return self._weights.state == PERTURBED
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the schedule in optimizer steps; may be set later than at construction, and changed."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        if value is not None and not (_is_whole(value) and value >= 1):
+            raise ValueError(f"total_steps must be a positive integer, got {value!r}")
+        self._total_steps = None if value is None else int(value)
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken so far: names the noise, with the seed, and is the schedule's time. May be set, as on a resume."""
+        return self._step
+
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        self._step = int(value)
+        self._mirror()
+
+    @property
+    def seed(self) -> int:
+        """Names the noise."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = int(value)
+        self._mirror()
+
+    def perturb(self) -> None:
+        """Set W to W + ε of the current step; the first training forward does this by itself. Idempotent.
+
+        Raises:
+            ValueError: a schedule without ``total_steps``, or a weight that cannot be perturbed now, named.
+            RuntimeError: after :meth:`detach`, or where another optimizer is amid a step on the same weight.
+        """
+        if self._weights.state != CLEAN:
+            self._weights.resume()
+            return
+        if not self._finalizer.alive:
+            raise RuntimeError(self._why_detached())
+        self._adopt(self.param_groups)
+        for group in self.perturb_groups:
+            check_group(group, self)
+        self._warn_past_the_end()
+        sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
+        rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
+        self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
+        self._drawn, self._parts = True, set()
+
+    def restore(self) -> None:
+        """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
+
+        Raises:
+            RuntimeError: naming the weights that were written to while perturbed, after all others came back.
+        """
+        self._weights.restore()
+        self._doors.forget_strangers()
+
+    @contextmanager
+    def perturbed(self) -> "Iterator[FlatPerturbOptimizer]":
+        """W + ε for every forward inside, in eval mode and without gradients too; then as it was before."""
+        before, was_held = self._weights.state, self._weights.held
+        self.perturb()
+        self._weights.held = True
+        try:
+            yield self
+        finally:
+            self._weights.held = was_held
+            if before == CLEAN:
+                self.restore()
+            elif before == SUSPENDED:
+                self._weights.suspend()
+
+    # --- the optimizer ----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Put W back and run the wrapped optimizer's step.
+
+        With a ``closure``, W is perturbed around each of its evaluations (the same ε, however often the wrapped optimizer
+        asks). Returns what the wrapped ``step`` returns: the closure's loss.
+
+        The restoring and counting hang on the innermost optimizer's own step, so they are right whoever calls that.
+        """
+        if not self._finalizer.alive:
+            if self._weights.taken_over:
+                raise RuntimeError(self._why_detached())
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._inner_seen = False
+        try:
+            if closure is None:
+                loss = self.optimizer.step()
+            else:
+                loss = self.optimizer.step(closure)
+            if not self._inner_seen and self.optimizer is self.innermost:
+                self._tell_no_hooks()
+                self._after_inner_step(self.optimizer)
+            return loss
+        finally:
+            if closure is not None:
+                self.restore()
+
+    def _before_inner_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._inner_seen = True
+        itself, given = args[:1], args[1:]  # torch hands over step's arguments with self among them
+        closure = kwargs.get("closure", given[0] if given else None)
+        if closure is None:
+            self.restore()
+            self._warn_if_unseen(optimizer)
+            return None
+
+        def evaluate() -> Any:
+            self.perturb()
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except BaseException:
+                self.restore()
+                raise
+            # not restored: the adapter moves between evaluations, the noise must not
+            self._weights.suspend()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluate}
+        return (*itself, evaluate, *given[1:]), kwargs
+
+    def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        self.restore()
+        self._parts.add(_first_parameter(optimizer))
+        if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
+            self._drawn = False
+            self._adopt(self.param_groups)
+            self.step_count += 1
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
+        super().zero_grad(*args, **kwargs)
+
+    def add_param_group(self, param_group: "dict[str, Any]") -> None:
+        """The wrapped optimizer's ``add_param_group``; which base weights are perturbed does not change."""
+        super().add_param_group(param_group)
+        self._mirror()
+
+    def eval(self, *args: Any) -> None:
+        """Clean W; passed on to the wrapped optimizer, if it has an ``eval``."""
+        self._weights.suspend()
+        super().eval(*args)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _mirror(self) -> None:
+        # kept in the param groups, as plain numbers: the one place every checkpoint format carries through unchanged
+        for groups in {id(o.param_groups): o.param_groups for o in (self.optimizer, self.innermost)}.values():
+            for group in groups:
+                group[SEED], group[STEP] = self._seed, self._step
+
+    def _adopt(self, param_groups: "list[dict[str, Any]]") -> None:
+        """Go on with the noise and schedule that a checkpoint left in the param groups."""
+        for group in param_groups[:1]:
+            self._seed, self._step = int(group.get(SEED, self._seed)), int(group.get(STEP, self._step))
+
+    def _before_inner_state_dict(self, optimizer: Optimizer) -> None:
+        self._mirror()
+
+    def _after_inner_load(self, optimizer: Optimizer) -> None:
+        self.restore()
+        self._adopt(optimizer.param_groups)
+        self._mirror()
+        self._drawn = False
+
+    def state_dict(self) -> "dict[str, Any]":
+        """The wrapped optimizer's state dict; its param groups carry ``flatopt_seed`` and ``flatopt_step``."""
+        self._mirror()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: "dict[str, Any]") -> None:
+        """Load into the wrapped optimizer and go on with the saved noise and schedule.
+
+        A state dict of the bare optimizer loads too; seed and step then stay as they are.
+        """
+        self.restore()
+        super().load_state_dict(state_dict)
+        self._adopt(self.optimizer.param_groups)
+        self._mirror()
+
+    def __getstate__(self) -> "dict[str, Any]":
+        self.restore()
+        names = (
+            "optimizer",
+            "perturb_groups",
+            "_total_steps",
+            "shared",
+            "_roots",
+            "_told",
+            "_drawn",
+            "_parts",
+            "_seed",
+            "_step",
+        )
+        return {name: self.__dict__[name] for name in names}
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {len(g['targets'])} weights: sigma={g['sigma']}, schedule={g['schedule']}, noise={g['noise']}, "
+            f"restore={g['restore']}"
+            for g in self.perturb_groups
+        ]
+        return "\n".join(["FlatPerturbOptimizer (", *lines, f"  {self.optimizer!r}", ")"])
+
+    # --- what is said once ------------------------------------------------------------------------------------------
+
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
+            warn_user(text)
+
+    def _warn_if_unseen(self, optimizer: Optimizer) -> None:
+        lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state
+        another_part = self._parts and _first_parameter(optimizer) not in self._parts  # ZeRO steps group by group
+        if self._drawn or lr_0 or another_part:
+            return
+        self._warn_once(
+            "unseen",
+            "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
+            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without adapted "
+            "weights, was called instead of the module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
+            "the forward, or step(closure)); or step() was called twice.",
+        )
+
+    def _warn_past_the_end(self) -> None:
+        total = self._total_steps
+        if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
+            self._warn_once(
+                "past the end",
+                f"step {self._step} is past total_steps={total}: sigma stays where the schedule ended. Set "
+                "optimizer.total_steps to the number of optimizer steps of the whole training; for a second run, make a new "
+                "optimizer or set optimizer.step_count = 0",
+            )
+
+    def _why_detached(self) -> str:
+        taken_over = self._weights.taken_over
+        by = f", since a newer FlatPerturbOptimizer perturbs {taken_over} too and took over" if taken_over else ""
+        return (
+            f"this FlatPerturbOptimizer is detached{by}: one weight can have one at a time. Step the newer one, or make a new "
+            "one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
+        )
+
+    def _tell_no_hooks(self) -> None:
+        self._warn_once(
+            "no hooks",
+            f"{type(self.optimizer).__name__} steps without running torch's step hooks, so flatopt sees only steps made through "
+            "this FlatPerturbOptimizer: a step of the bare optimizer, or of a scheduler or framework that holds it, leaves W "
+            "perturbed. Step the FlatPerturbOptimizer",
+        )
+
+
+def _weakly(reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[..., Any]) -> Callable[..., Any]:
+    def hook(*args: Any) -> Any:
+        optimizer = reference()
+        return None if optimizer is None else method(optimizer, *args)
+
+    return hook
+
+
+def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", release: Callable[[], None]) -> None:
+    try:
+        weights.detach()
+    finally:
+        doors.weights = None
+        doors.forget_strangers()
+        for handle in handles:
+            handle.remove()
+        release()
+
+
+def _first_parameter(optimizer: Optimizer) -> int:
+    return next((id(p) for group in optimizer.param_groups for p in group["params"]), 0)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
+    if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
+        reason = unsupported_reason(weight, group["noise"])
+        if reason is not None:
+            raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
+
+
+def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:
+    """Raise for settings that do not fit; with ``optimizer``, also where its schedule has no length yet."""
+    sigma, schedule = group["sigma"], group["schedule"]
+    if isinstance(sigma, bool) or not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
+    if not callable(schedule) and schedule not in list(SCHEDULES):
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a callable, got {schedule!r}")
+    if optimizer is not None and schedule != "constant" and optimizer.total_steps is None:
+        raise ValueError(
+            f"schedule {schedule!r} needs total_steps, the number of optimizer steps of the whole training: pass "
+            "total_steps=epochs * len(loader) // accumulation, set optimizer.total_steps before the first forward, or use "
+            "schedule='constant'"
+        )
+    if group["noise"] not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {group['noise']!r}")
+    if group["restore"] not in list(RESTORES):
+        raise ValueError(f"restore must be one of {', '.join(RESTORES)}, got {group['restore']!r}")

@@ -1,0 +1,336 @@
+"""Hooks on the model: a training forward finds W perturbed, whoever else reads it finds it clean.
+
+Two kinds of door. A *root* is a module given as target: its forward decides for all that runs inside it. An *owner* holds a
+base weight: it is asked about when it is reached by another way (``generate``, ``get_base_model()``, a submodule, a method).
+Nothing here depends on a hook after a forward having run: an interrupt skips those.
+"""
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+
+
+class Doors:
+    """What the hooks of one optimizer share. ``perturb`` opens a step; it is reached weakly, so that hooks keep no optimizer."""
+
+    def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
+        self.weights: PerturbedWeights | None = weights
+        self.perturb = perturb
+        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = (
+            weakref.WeakKeyDictionary()
+        )  # root -> its last forward's kind
+        self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
+        self._strangers: Any = None
+        self._memory: set[int] | None = None
+        self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
+        self._clock = 0
+
+    # --- what a forward wants ---------------------------------------------------------------------------------------
+
+    def settle(self, module: nn.Module, trains: bool) -> None:
+        """Bring W to what a forward of ``module`` needs: W + ε if it trains, W if not."""
+        weights = self.weights
+        assert weights is not None
+        if weights.held or trains is (weights.state == PERTURBED):
+            return
+        if trains:
+            if weights.state == CLEAN:
+                self.ran_clean.clear()
+                self._memory = None
+            self.perturb()
+        elif threading.get_ident() != weights.thread:
+            raise RuntimeError(
+                f"{type(module).__name__} was called without gradients by another thread than the one that trains, amid a "
+                "step, when its base weights are perturbed. Evaluate in the training thread, or on a copy of the model"
+            )
+        else:
+            weights.suspend()
+
+    def clean_inside(self, module: nn.Module) -> None:
+        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
+        weights = self.weights
+        if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
+            weights.restore()
+
+    def recomputed(self, module: nn.Module) -> None:
+        """A forward inside backward repeats one that was made before: it must find the same W."""
+        weights = self.weights
+        assert weights is not None
+        if weights.held or not (torch.is_grad_enabled() and module.training):
+            return
+        if weights.state == CLEAN or (weights.state == PERTURBED and module in self.ran_clean):
+            raise RuntimeError(
+                f"{type(module).__name__} ran its forward without gradients on clean weights and is now run again, in "
+                "backward, on perturbed ones. If an activation checkpoint is around a module given in the groups: use "
+                "use_reentrant=False, or pass the whole model as targets. If it is a cache of gradients (GradCache, "
+                "sentence-transformers' cached losses): put both passes inside `with optimizer.perturbed():`"
+            )
+        if weights.state == SUSPENDED:
+            weights.resume()
+
+    def resume_in_backward(self, output: Any) -> None:
+        """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
+        for tensor in _tensors(output):
+            if tensor.requires_grad and not tensor.is_leaf:
+                tensor.register_hook(self._before_backward)
+
+    def _before_backward(self, grad: Tensor) -> None:
+        if self.weights is not None and self.weights.state == SUSPENDED:
+            self.weights.resume()
+
+    def enclosing_forward(self) -> "bool | None":
+        """Whether the innermost root's forward under way trains; None outside of any.
+
+        Read off the stack: marks set by one hook and taken off by another would survive an interrupt. Gradients that are
+        off because an ``autograd.Function`` runs (reentrant checkpointing) are off for the trainer's own purposes.
+        """
+        frame, within_function = sys._getframe(2), False
+        explicit = not torch.is_grad_enabled()
+        while frame is not None:
+            code = frame.f_code
+            if code is _CALL:
+                root = frame.f_locals.get("self")
+                if isinstance(root, nn.Module) and root in self.trains:
+                    return self.trains[root] and (within_function or not explicit)
+            elif code.co_name == "forward" and code.co_argcount and not within_function:
+                context = frame.f_locals.get(code.co_varnames[0])
+                within_function = isinstance(context, torch._C._FunctionBase)
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+    # --- modules that are not ours but hold our memory --------------------------------------------------------------
+
+    def watch_strangers(self) -> None:
+        """Until the next training forward, any module that shares the weights' memory (a teacher, a tied head) is a door."""
+        weights = self.weights
+        if weights is None or self._strangers is not None or weights.held:
+            return
+        self._strangers = register_module_forward_pre_hook(self._stranger)
+
+    def forget_strangers(self) -> None:
+        if self._strangers is not None:
+            self._strangers.remove()
+            self._strangers = None
+
+    def _stranger(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and module.training):
+            return
+        if self.weights is None or self.weights.state != PERTURBED or _in_backward():
+            return
+        if self._memory is None:
+            self._memory = {_storage(weight.parameter) for weight in self.weights.weights()} - {0}
+        if any(p is not None and _storage(p) in self._memory for p in module._parameters.values()):
+            self.settle(module, False)
+
+    # --- gradient caches --------------------------------------------------------------------------------------------
+
+    def first_pass(self, inputs: Any) -> None:
+        """Take down what a root reads without gradients before a step: the first pass of a cache of gradients, maybe."""
+        if len(self._first_pass) < 256:
+            self._first_pass.update(
+                (t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel()
+            )
+            self._clock = _backwards_so_far()
+
+    def refuse_second_pass(self, module: nn.Module, inputs: Any) -> None:
+        """Raise if the same was read without gradients before, and a backward ran in between: it used what clean W gave."""
+        if self._first_pass:
+            again = any(t.untyped_storage().data_ptr() in self._first_pass for t in _tensors(inputs) if t.numel())
+            since = _backwards_so_far() - self._clock
+            self._first_pass = {}
+            if again and since > 1:
+                raise RuntimeError(
+                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now it "
+                    "is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes must see "
+                    "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
+                    "clean, run it in eval mode"
+                )
+
+
+class _Hook:
+    """A hook of :class:`Doors`. Copies of the model get a deaf one, as they are not being trained; pickles load without
+    flatopt."""
+
+    def __init__(self, doors: Doors):
+        self.doors: Doors | None = doors
+
+    def __call__(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        doors, copy = self.doors, type(self).__new__(type(self))
+        copy.doors = None
+        weights = doors.weights if doors is not None else None
+        if weights is not None and weights.state == PERTURBED and not weights.held:
+            parameters = [weight.parameter for weight in weights.weights()]
+            weights.suspend()
+            with torch.no_grad():
+                for parameter in parameters:  # the copier may have passed W before it came here
+                    if id(parameter) in memo:
+                        memo[id(parameter)].copy_(parameter)
+        return copy
+
+    def __reduce__(self) -> Any:
+        corrections = []
+        weights = self.doors.weights if self.doors is not None else None
+        if weights is not None and weights.state == PERTURBED and not weights.held:
+            weights.suspend()
+            # the pickler may have written W before it came here: what it writes now puts W right when it is loaded
+            owned = [(w.owner, w.parameter) for w in weights.weights()]
+            corrections = [_Correction(p) for owner, p in owned if self._sits_on(owner)]
+        return getattr, (contextlib.nullcontext(), "__exit__", corrections)
+
+    def _sits_on(self, owner: nn.Module) -> bool:
+        return any(hook is self for hook in owner._forward_pre_hooks.values())
+
+
+class _Correction:
+    def __init__(self, parameter: Tensor):
+        self.parameter = parameter
+
+    def __reduce__(self) -> Any:
+        return torch.Tensor.copy_, (self.parameter, self.parameter.detach().clone())
+
+
+class BeforeRoot(_Hook):
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        doors = self.doors
+        if doors is None or doors.weights is None:
+            return
+        trains = module.training and torch.is_grad_enabled()
+        if getattr(module, "_is_replica", False):
+            if trains and doors.weights.state != PERTURBED:
+                raise RuntimeError(
+                    "torch.nn.DataParallel copied the weights to its GPUs before they could be perturbed. Train with "
+                    "DistributedDataParallel (torchrun, accelerate launch), on one GPU (CUDA_VISIBLE_DEVICES=0), or pass "
+                    "the DataParallel module itself as targets"
+                )
+            return
+        if _in_backward():
+            doors.recomputed(module)
+            return
+        doors.trains[module] = trains
+        if trains:
+            doors.forget_strangers()
+            if doors.weights.state == CLEAN:
+                doors.refuse_second_pass(module, (args, kwargs))
+        elif module.training:
+            doors.ran_clean.add(module)
+            if doors.weights.state == CLEAN:
+                doors.first_pass((args, kwargs))
+        doors.settle(module, trains)
+
+
+class AfterRoot(_Hook):
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        doors = self.doors
+        if doors is None or doors.weights is None:
+            return
+        trains = doors.trains.get(module)
+        if trains and doors.weights.state == PERTURBED and not _in_backward():
+            doors.resume_in_backward(output)
+            doors.watch_strangers()
+
+
+class BeforeOwner(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # the root decides; a hook that is traced must not break the graph
+            return
+        doors = self.doors
+        if doors is None or doors.weights is None:
+            return
+        if (torch.is_grad_enabled() and module.training) is (doors.weights.state == PERTURBED):
+            return
+        self.decide(module, doors)
+
+    def decide(self, module: nn.Module, doors: Doors) -> None:
+        weights = doors.weights
+        if weights is None or weights.held or getattr(module, "_is_replica", False):
+            return
+        if _in_backward():
+            doors.recomputed(module)
+            return
+        trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
+        doors.settle(module, trains if around is None else around)
+        if trains and around is None:
+            handles: list[Any] = []
+
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                handles.pop().remove()
+                doors.resume_in_backward(output)
+
+            handles.append(module.register_forward_hook(after))
+
+
+class CleanFirst(_Hook):
+    """For who reads or writes W by its state dict."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> None:
+        if self.doors is not None and self.doors.weights is not None and not self.doors.weights.held:
+            self.doors.weights.suspend()
+
+
+def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> "list[Any]":
+    """Register the hooks on the modules whose forward opens a step and on those that hold the weights."""
+    handles: list[Any] = []
+    before, after, owner_hook, clean_first = BeforeRoot(doors), AfterRoot(doors), BeforeOwner(doors), CleanFirst(doors)
+    for root in roots:
+        # prepended: FSDP gathers the weights in hooks of its own, and must gather perturbed ones
+        handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
+    for owner in owners:
+        if owner not in doors.trains and owner not in roots:
+            handles.append(owner.register_forward_pre_hook(owner_hook, prepend=True))
+        handles.append(owner.register_state_dict_pre_hook(clean_first))
+        handles.append(owner._register_load_state_dict_pre_hook(clean_first))
+    return handles
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _backwards_so_far() -> int:
+    """A number that grows by one with every backward, this small one included."""
+    seen: list[int] = []
+    with torch.enable_grad():
+        leaf = torch.ones((), device="cpu", requires_grad=True)
+        double = leaf * 2
+        double.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
+        torch.autograd.grad(double, leaf)
+    return seen[0]
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return 0
+
+
+def _tensors(output: Any) -> "Iterable[Tensor]":
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif hasattr(output, "__dataclass_fields__"):
+        for value in vars(output).values():
+            yield from _tensors(value)

@@ -1,0 +1,23 @@
+"""What is asked for: everything that decides the noise of one step."""
+
+from typing import NamedTuple
+
+from ..ops import step_key
+
+
+class NoiseRequest(NamedTuple):
+    r"""The noise of one step: :math:`\varepsilon` of every weight follows from this and the weight's place in the groups.
+
+    ``sigmas``: :math:`\sigma_t` of each group, the schedule's factor in it. ``rank``: the data-parallel rank, 0 where all
+    ranks share one noise.
+    """
+
+    seed: int
+    step: int
+    rank: int
+    sigmas: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """64 bits that name the draw."""
+        return step_key(self.seed, self.step, self.rank)

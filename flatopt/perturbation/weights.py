@@ -1,0 +1,439 @@
+"""The weights of one optimizer, and where they stand: clean, perturbed, or suspended (clean amid a step)."""
+
+import bisect
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.quantized import data_ptr, format_of
+from ..core.checks import check
+from ..core.sharding import first_row, fsdp_modules, local, local_update
+from ..core.weight import AdaptedWeight, WeightView, in_memory_order
+from ..ops import RESTORES as IN_PLACE
+from ..ops import Plan, plan, writing
+from .forward import ForwardPlan, own_forwards
+from .interrupts import uninterrupted
+from .noise import NoiseRequest
+
+RESTORES = (*IN_PLACE, "forward")
+CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
+
+_attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    with uninterrupted(), writing():
+        yield
+
+
+class PerturbedWeights:
+    """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer.
+
+    ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
+    come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state
+    stays ``"perturbed"`` and :meth:`restore` goes on from where it stopped.
+    """
+
+    def __init__(self, groups: "list[dict[str, Any]]", roots: "list[nn.Module]"):
+        self.groups, self.roots = groups, roots
+        self.state = CLEAN
+        self.held = False  # inside ``with perturbed()``: forwards move nothing
+        self.thread = 0  # that perturbed them
+        self.taken_over = ""  # a weight that a newer optimizer perturbs now
+        self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
+        self._looks: list[GroupLook] = []
+        self._plans: list[Plan] = []
+        self._versions: list[tuple[WeightView, int]] = []
+        self._kept_versions: list[tuple[WeightView, Any]] = []
+        self._fsdp = fsdp_modules(roots)
+        self._lock = threading.RLock()
+
+    # --- the moves --------------------------------------------------------------------------------------------------
+
+    def perturb(self, request: NoiseRequest) -> None:
+        """Set W to W + ε; after a suspension, to the same bits again."""
+        if self.state == PERTURBED:
+            return
+        if self.state == SUSPENDED:
+            self.resume()
+            return
+        with self._lock, _writing():
+            self._reshard()
+            _refuse_written(self._written(wait=False))  # a GPU tells of the last step now
+            self._plans = self._look(request)
+            self._refuse_shared_memory()
+            key = request.key
+            self.state, self.thread = PERTURBED, threading.get_ident()
+            try:
+                for each in self._plans:
+                    each.perturb(key)
+            except BaseException:
+                self._take_back()
+                raise
+            self._note_versions()
+
+    def restore(self) -> None:
+        """Set W back, bit for bit, and end the step's noise. Idempotent.
+
+        Raises:
+            RuntimeError: naming the weights that somebody wrote to while they were perturbed, after all others came back.
+        """
+        if self.state == CLEAN:
+            return
+        with self._lock, _writing():
+            self._reshard()
+            lost = self._replaced()
+            if self.state == PERTURBED:
+                self._bits_back(lost)
+            self._end()
+        _refuse_written(lost)
+
+    def suspend(self) -> None:
+        """Clean W for a reader amid a step; :meth:`resume` puts the same perturbed bits back.
+
+        A graph that saved the perturbed W is then valid again, so the version counters go back too. Not so with
+        ``subtract``, whose bits drift: there backward raises, as it should.
+        """
+        if self.state != PERTURBED:
+            return
+        with self._lock, _writing():
+            self._reshard()
+            lost = self._replaced()
+            if not lost:
+                exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
+                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
+            self._bits_back(lost)
+            if lost:
+                self._end()
+            else:
+                self._note_versions()
+                self.state = SUSPENDED
+        _refuse_written(lost)
+
+    def resume(self) -> None:
+        """The perturbed bits again, after :meth:`suspend`."""
+        if self.state != SUSPENDED:
+            return
+        with self._lock, _writing():
+            self._reshard()
+            moved = [view for view, version in self._versions if _version(view) != version]
+            self.state = PERTURBED
+            try:
+                for each in self._plans:
+                    each.perturb(self._key)
+            except BaseException:
+                self._take_back()
+                raise
+            moved += self._written(wait=False)
+            for view, kept in self._kept_versions:
+                # what was written to in between is not what a graph saved: there backward must raise
+                if view not in moved:
+                    kept.__exit__(None, None, None)
+            self._kept_versions = []
+            self._note_versions()
+            self._follow()
+
+    def _bits_back(self, lost: "list[WeightView]") -> None:
+        written_to = any(_version(view) != version for view, version in self._versions)  # the checksums say whether it matters
+        try:
+            for each in self._plans:
+                each.restore()
+        except BaseException:
+            self._take_back()
+            raise
+        lost += [view for view in self._written(wait=written_to) if view not in lost]
+        self._follow()
+
+    def _written(self, wait: bool) -> "list[WeightView]":
+        return [view for look in self._looks for each in look.plans for view in each.written(wait)]
+
+    def _take_back(self) -> None:
+        """After a failure: clean, or else perturbed with all that a later :meth:`restore` needs."""
+        try:
+            for each in self._plans:
+                each.restore()
+        except BaseException:
+            return  # the failure that is being handled is the one to tell
+        self._end()
+
+    def _end(self) -> None:
+        self._note_versions()
+        self.state = CLEAN
+        self._plans, self._versions, self._kept_versions = [], [], []
+        for look in self._looks:
+            look.release()
+
+    # --- the look ---------------------------------------------------------------------------------------------------
+
+    def _look(self, request: NoiseRequest) -> "list[Plan]":
+        """Every weight looked at once, and the plans of this step, their standard deviations filled in."""
+        while len(self._looks) < len(self.groups):
+            self._looks.append(GroupLook())
+        self._key = request.key
+        if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
+            self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
+        plans: list[Plan] = []
+        first, seen = 1, set()  # a weight's number is its place in the groups, tied and unperturbed ones counted
+        try:
+            for look, group, sigma in zip(self._looks, self.groups, request.sigmas):
+                weights = group["targets"]
+                if sigma > 0:
+                    plans += look.at(weights, first, group["noise"], group["restore"], seen)
+                else:
+                    look.release()
+                first += len(weights)
+            sigma_of = {id(look): sigma for look, sigma in zip(self._looks, request.sigmas)}
+            for look in self._looks:
+                if sigma_of.get(id(look), 0.0) > 0:
+                    for each in look.plans:
+                        each.fill_std(sigma_of[id(look)])
+        except BaseException:
+            for look in self._looks:
+                look.release()
+            raise
+        return plans
+
+    def _note_versions(self) -> None:
+        views = [view for look in self._looks for view in look.views if view.tensor is not None]
+        self._versions = [(view, _version(view)) for view in views]
+        for look in self._looks:
+            look.note_versions()
+
+    def _replaced(self) -> "list[WeightView]":
+        """Weights that are no longer the parameter they were."""
+        return [
+            view
+            for look in self._looks
+            for view in look.views
+            if view.tensor is not None and not view.weight.rebuilt and view.weight.parameter is not view.parameter
+        ]
+
+    def _follow(self) -> None:
+        # after model.to(...): what should have been moved
+        for look in self._looks:
+            for view in look.views:
+                if view.tensor is not None:
+                    now = view.weight.weight
+                    if now.data_ptr() != view.tensor.data_ptr() and now.shape == view.tensor.shape:
+                        now.copy_(view.tensor)
+
+    def _reshard(self) -> None:
+        for module in self._fsdp:
+            module.reshard()  # type: ignore[operator]
+
+    # --- one weight, one optimizer ----------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        _attached.add(self)
+
+    def detach(self) -> None:
+        try:
+            self.restore()
+            _refuse_written(self._written(wait=True))
+        finally:
+            _attached.discard(self)
+            own_forwards(self.weights())
+
+    def weights(self) -> "list[AdaptedWeight]":
+        return [weight for group in self.groups for weight in group["targets"]]
+
+    def lie_inside(self, module: nn.Module) -> bool:
+        """Whether any of the weights, or a layer that adapts one, is part of ``module``."""
+        inside = set(module.modules())
+        return any(weight.owner in inside or weight.layer in inside for weight in self.weights())
+
+    def memory(self) -> "list[tuple[int, int, AdaptedWeight]]":
+        """(start, end) of what each weight occupies."""
+        return [(*extent, weight) for weight in self.weights() if (extent := _extent(weight)) is not None]
+
+    def rivals(self) -> "list[tuple[PerturbedWeights, AdaptedWeight]]":
+        """Others that are attached and perturb some of the same memory, each with one such weight."""
+        found = []
+        for other in list(_attached):
+            if other is not self and (shared := _overlap(self.memory(), other.memory())) is not None:
+                found.append((other, shared))
+        return found
+
+    def _refuse_shared_memory(self) -> None:
+        others = [other for other in list(_attached) if other is not self and other.state == PERTURBED]
+        if not others:
+            return
+        mine = self.memory()
+        for other in others:
+            shared = _overlap(mine, other.memory())
+            if shared is not None:
+                for look in self._looks:
+                    look.release()
+                raise RuntimeError(
+                    f"{shared.path} is already perturbed by another FlatPerturbOptimizer amid its step; one weight can have "
+                    "one. Call detach() on the other optimizer (or step it, or delete it), or give the two different modules"
+                )
+
+
+def restore_inside(module: nn.Module) -> None:
+    """Restore the weights of every optimizer that has some inside ``module``."""
+    for weights in list(_attached):
+        if weights.state != CLEAN and weights.lie_inside(module):
+            weights.restore()
+
+
+class GroupLook:
+    """What was seen of a group's weights, kept from step to step: what is seen again is not worked out again.
+
+    Between two steps anyone may replace, move, merge or write to a weight, so every step looks; on a small model working it
+    all out anew would take longer than the noise. ``views`` and ``plans`` keep no reference to W between steps.
+    """
+
+    def __init__(self) -> None:
+        self.views: list[WeightView] = []
+        self.plans: list[Plan] = []
+        self.exact = True
+        self._weights: list[AdaptedWeight] = []
+        self._settings: tuple[Any, ...] = ()
+        self._known: list[WeightView | None] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._keys: list[Any] = []
+        self._quantised: list[bool] = []
+
+    def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> "list[Plan]":
+        parameters = [weight.parameter for weight in weights]
+        settings = (first, noise, restore, [id(weight) for weight in weights])
+        if self._settings != settings:
+            self._settings, self._weights, self._seen = settings, weights, [()] * len(weights)
+            self._known: list[WeightView | None] = [None] * len(weights)
+            self._quantised = [False] * len(weights)
+            self.plans = []
+        for weight, parameter, seen in zip(weights, parameters, self._seen):
+            if not seen or seen[0] != id(parameter):
+                check(weight, in_forward=True)  # before anything is asked of what may be no tensor
+        tensors = [local(p.detach()) for p in parameters]
+        seen = [
+            (id(p), t.data_ptr() or data_ptr(p), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
+            for w, p, t in zip(weights, parameters, tensors)
+        ]
+        if seen != self._seen:
+            for i, now in enumerate(seen):
+                if now != self._seen[i]:
+                    if self._seen[i] and self._seen[i][0] == now[0]:
+                        check(weights[i], in_forward=True)
+                    self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
+                    self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
+            self._seen, self.plans = seen, []
+        views = [view for view in self._known if view is not None]
+        for view, parameter, tensor, quantised in zip(views, parameters, tensors, self._quantised):
+            view.parameter, view.tensor = parameter, None if quantised else tensor
+            view.rows = None if quantised else view.weight.rows(tensor)
+        self.views = [view for view, now in zip(views, seen) if not (now[1] in taken or taken.add(now[1]))]
+        self._look_at_updates(restore)
+        if not self.plans:
+            self.exact = restore != "subtract"
+            inside = [view for view in self.views if restore == "forward" or view.tensor is None]
+            kept = [view for view in self.views if view not in inside and not view.weight.rebuilt]
+            rebuilt = [view for view in self.views if view not in inside and view.weight.rebuilt]
+            if noise == "isotropic" and inside and len(inside) < len(self.views):
+                raise ValueError(
+                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                    "are not. Put them into groups of their own, or use restore='forward' for all"
+                )
+            self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
+            self.plans += [ForwardPlan(inside, noise)] if inside else []
+        return self.plans
+
+    def _look_at_updates(self, restore: str) -> None:
+        batches: dict[int, list[WeightView]] = {}
+        for view in self.views:
+            batches.setdefault(id(view.weight.adapter), []).append(view)
+        keys = []
+        for batch in batches.values():
+            weights, adapter = [view.weight for view in batch], batch[0].weight.adapter
+            keys.append(adapter.update_key(weights))
+        if self.plans and None not in keys and keys == self._keys:
+            return
+        for batch in batches.values():
+            for view, update in zip(batch, batch[0].weight.adapter.updates([view.weight for view in batch])):
+                assert view.parameter is not None
+                mine = local_update(update, view.parameter)
+                view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
+        self._keys, self.plans = keys, []
+
+    def note_versions(self) -> None:
+        """What flatopt itself wrote is no change."""
+        for i, view in enumerate(self._known):
+            if view is not None and view.tensor is not None and self._seen[i]:
+                self._seen[i] = (*self._seen[i][:2], view.tensor._version, *self._seen[i][3:])
+
+    def release(self) -> None:
+        for each in self.plans:
+            each.release()
+        for view in self._known:
+            if view is not None:
+                view.parameter = view.tensor = view.rows = None
+
+
+def _version(view: WeightView) -> int:
+    assert view.tensor is not None
+    return -1 if view.weight.version_moves else view.tensor._version
+
+
+def _refuse_written(lost: "Sequence[WeightView]") -> None:
+    if lost:
+        raise RuntimeError(
+            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
+            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
+            "say), call optimizer.restore()"
+        )
+
+
+def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":
+    try:
+        tensor = weight.weight
+        start = tensor.data_ptr()
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+        return (start, start + reach * tensor.element_size()) if start and tensor.numel() else None
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None  # a tensor that is elsewhere (meta, fake, packed): it shares memory with nothing here
+
+
+def _overlap(
+    mine: "list[tuple[int, int, AdaptedWeight]]", others: "list[tuple[int, int, AdaptedWeight]]"
+) -> "AdaptedWeight | None":
+    """A weight of ``mine`` that shares memory with one of ``others``."""
+    others = sorted(others, key=lambda extent: extent[0])
+    starts = [start for start, _, _ in others]
+    reach = list(itertools.accumulate((end for _, end, _ in others), max))
+    for start, end, weight in mine:
+        before = bisect.bisect_left(starts, end)
+        if before and reach[before - 1] > start:
+            return weight
+    return None
+
+
+def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
+    """Raise where two targets are views that share some of their memory: noise taken off one would be taken off the other."""
+    extents = sorted(((*extent, i) for i, weight in enumerate(weights) if (extent := _extent(weight))), key=lambda e: e[:2])
+    for (start, end, i), (start2, end2, j) in itertools.pairwise(extents):
+        if start2 < end and (start, end) != (start2, end2) and _shares_elements(weights[i], weights[j]):
+            raise ValueError(
+                f"{weights[i].path} and {weights[j].path} are views of the same memory that overlap in part. Give one of "
+                "them, or the tensor they are views of"
+            )
+
+
+def _shares_elements(one: AdaptedWeight, other: AdaptedWeight) -> bool:
+    a, b = one.weight, other.weight
+    size = a.element_size()
+    if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size:
+        return True
+    base = min(a.data_ptr(), b.data_ptr())
+    offsets = [(t.data_ptr() - base) // size for t in (a, b)]
+    span = max(o + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1 for o, t in zip(offsets, (a, b)))
+    touched = torch.zeros(span, dtype=torch.uint8)
+    touched.as_strided(a.shape, a.stride(), offsets[0]).fill_(1)
+    return bool(touched.as_strided(b.shape, b.stride(), offsets[1]).any())

@@ -3,10 +3,10 @@
     python examples/finetune_t5.py --task cola                 # T5-base on GLUE: needs a network and a GPU
     python examples/finetune_t5.py                             # offline: a stand-in on text that is on this machine
 
-The recipe is that of Li et al. (ICML 2025): r 8, alpha 16, lr 5e-4 with a cosine, batch 32, 10 epochs (1 for MNLI and QNLI),
-sigma 0.05, accuracy on the development set by what the model writes. We have not run it. Offline, a small T5 that reads bytes
+The recipe is Li et al.'s (ICML 2025): r 8, alpha 16, lr 5e-4 with a cosine, batch 32, 10 epochs (1 for MNLI and QNLI), sigma
+0.05, accuracy on the development set by what the model writes. We have not run it. Offline, a small T5 that reads bytes
 learns on the spot to tell docstrings of torch from NumPy's, and is then adapted, from 128 labels, to do the same for
-transformers and scikit-learn; every other docstring is tested on.
+transformers and scikit-learn.
 """
 
 import argparse

@@ -102,7 +102,7 @@ class Peft(Singleton):
         if not isinstance(getattr(base, name, None), Tensor):
             raise ValueError(
                 f"{path} has no base weight {name!r}: its {type(base).__name__} is packed in a way that flatopt does not "
-                "know. Load the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+                f"know. Load the base model unquantised. {WAY_OUT}"
             )
         wrapper = hasattr(layer, "parameter_name")
         experts = wrapper and getattr(base, name).dim() == 3
@@ -365,9 +365,15 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
     return A, B, attributes["scaling"][name], magnitude
 
 
+_factored: dict[type, bool] = {}
+
+
 def _in_factors(variant: Any) -> bool:
     """Whether a way to apply LoRA adds its two factors' product."""
-    return variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
+    known = _factored.get(type(variant))
+    if known is None:
+        known = _factored[type(variant)] = variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
+    return known
 
 
 def _memory(parameter: Tensor | None) -> Any:

@@ -34,7 +34,6 @@ class Told(Own):
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr("flatopt.adapters.custom._registered", {})
-    monkeypatch.setattr("flatopt.adapters.custom._known", {})
 
 
 def register(**options):

@@ -336,7 +336,6 @@ class Protocol(Dense):
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr("flatopt.adapters.custom._registered", {})
-    monkeypatch.setattr("flatopt.adapters.custom._known", {})
     register_low_rank(Dense, base=lambda m: m.layer.weight, delta=lambda m: m.delta())
     register_low_rank(Factored, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, 0.3))
     register_low_rank(Scaled, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, m.scaling))

@@ -1,11 +1,11 @@
 """What every kind of low-rank module has to tell."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.weight import AdaptedWeight, WeightUpdate
+from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 
 
 class Adapter(Protocol):
@@ -46,6 +46,24 @@ class Adapter(Protocol):
 
     def guarded_methods(self, layer: nn.Module) -> list[tuple[type, str]]:
         """The methods, ``(class, name)``, that read or write a base weight directly and need it clean; see ``guards``."""
+
+
+Base = Tensor | tuple[nn.Module, str]  # a parameter inside the module, or (its owner, its name) wherever that is
+Delta = Tensor | Factors | Sequence[Factors] | WeightUpdate
+
+
+class LowRank(NamedTuple):
+    """How one class of low-rank modules is read, each field a function of the module.
+
+    ``base`` and ``delta``: see ``register_low_rank``. ``layout``: as of ``AdaptedWeight``. ``merged``: whether the update is
+    inside the weight now. ``adapted``: whether there is an update at all.
+    """
+
+    base: Callable[[Any], Base]
+    delta: Callable[[Any], Delta]
+    layout: Callable[[Any], str] = lambda module: "rows"
+    merged: Callable[[Any], bool] = lambda module: getattr(module, "merged", False) is True
+    adapted: Callable[[Any], bool] = lambda module: True
 
 
 class Singleton:

@@ -1,27 +1,17 @@
 """Low-rank modules of a user's own: how to tell flatopt about them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
-from .base import Singleton, joined
+from .base import Base, Delta, LowRank, Singleton, joined
 from .libraries import LIBRARIES
+from .quantized import shaped
 
-Base = Tensor | tuple[nn.Module, str]  # a parameter inside the module, or (its owner, its name) wherever that is
-Delta = Tensor | Factors | Sequence[Factors]
 M = TypeVar("M", bound=nn.Module)
-
-
-class LowRank(NamedTuple):
-    """How one class of low-rank modules is read; ``layout`` and ``merged`` are of the libraries known from the start."""
-
-    base: Callable[[Any], Base]
-    delta: Callable[[Any], Delta]
-    layout: Callable[[Any], str] = lambda module: "rows"
-    merged: Callable[[Any], bool] = lambda module: getattr(module, "merged", False) is True
 
 
 _registered: dict[type, LowRank] = {}
@@ -80,8 +70,11 @@ def _look_up(module_type: type) -> LowRank | None:
     for cls in module_type.__mro__:
         library = LIBRARIES.get(f"{cls.__module__}.{cls.__qualname__}")
         if library is not None:
-            return LowRank(*library)
+            return library
     return None
+
+
+MERGING = ("merge", "unmerge", "merge_to", "onfly_merge", "onfly_restore")  # LyCORIS has the last three
 
 
 class Custom(Singleton):
@@ -92,7 +85,13 @@ class Custom(Singleton):
 
     def weights(self, layer: nn.Module, path: str) -> Iterator[AdaptedWeight]:
         low_rank = cast(LowRank, low_rank_of(layer))
-        owner, name, inner = _owner(layer, low_rank.base(layer), path)
+        if not low_rank.adapted(layer):
+            return
+        try:
+            base = low_rank.base(layer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        owner, name, inner = _owner(layer, base, path)
         yield AdaptedWeight(owner, name, joined(path, inner), layer, self, low_rank.layout(layer))
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class Custom(Singleton):
         for weight in weights:
             try:
                 delta = cast(LowRank, low_rank_of(weight.layer)).delta(weight.layer)
-                updates.append(_as_update(delta, weight.parameter, weight.layout))
+                updates.append(_as_update(delta, shaped(weight.owner, weight.name), weight.layout))
             except ValueError as error:
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates
@@ -114,7 +113,7 @@ class Custom(Singleton):
         return low_rank is not None and low_rank.merged(layer)
 
     def guarded_methods(self, layer: nn.Module) -> list[tuple[type, str]]:
-        names = ["merge", "unmerge"]
+        names = list(MERGING)
         if type(layer).train is not nn.Module.train:
             names.append("train")
         return [(type(layer), name) for name in names if callable(getattr(type(layer), name, None))]
@@ -143,6 +142,8 @@ def _owner(layer: nn.Module, base: Any, path: str) -> tuple[nn.Module, str, str]
 
 
 def _as_update(delta: Delta, weight: Tensor, layout: str) -> WeightUpdate:
+    if isinstance(delta, WeightUpdate):
+        return delta
     if isinstance(delta, Tensor):
         if delta.shape != weight.shape:
             raise ValueError(f"delta has shape {tuple(delta.shape)}, its base weight {tuple(weight.shape)}")

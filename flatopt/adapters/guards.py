@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .custom import MERGING
 from .registry import adapter_of
 
 Before = Callable[[nn.Module], None]
-WRITING = {"merge", "unmerge", "train", "inject_adapter"}  # through .data, which moves no version counter
+WRITING = {*MERGING, "train", "inject_adapter"}  # through .data, which moves no version counter
 
 _lock = threading.RLock()
 _users: dict[tuple[type, str], list[list[Before]]] = {}  # (class, method) -> what runs before it, boxed: one a guard()
@@ -34,16 +35,18 @@ def guard(methods: Iterable[tuple[type, str]], before: Before) -> Callable[[], N
     with _lock:
         keys = list(dict.fromkeys((_definer(cls, name), name) for cls, name in methods))
         for key in keys:
-            _users.setdefault(key, []).append(box)
+            # in one go: a finalizer may call another guard's release() at any allocation
+            _users[key] = [*_users.get(key, ()), box]
             _install(key)
 
     def release() -> None:
         with _lock:
+            box.clear()
             for key in keys:
-                users = _users.get(key, [])
-                users[:] = [user for user in users if user is not box]
-                if not users:
-                    _remove(key)
+                if key in _users:
+                    _users[key] = [user for user in _users[key] if user]
+                    if not _users[key]:
+                        _remove(key)
             keys.clear()
 
     return release
@@ -66,7 +69,7 @@ def _install(key: tuple[type, str]) -> None:
 
 def _remove(key: tuple[type, str]) -> None:
     cls, name = key
-    _users.pop(key, None)
+    del _users[key]
     wrapper, original = _wrappers[key]
     # where others wrapped it since, it stays underneath, passing calls on, and is used again by the next guard
     if cls.__dict__.get(name) is wrapper:
@@ -85,10 +88,10 @@ def _guarded(key: tuple[type, str], method: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(method)
     def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        users = [box[0] for box in _users.get(key, ())]
+        users = [before for box in _users.get(key, ()) for before in box]
         if not users or (name == "train" and _changes_nothing(self, *args, **kwargs)):
             return method(self, *args, **kwargs)
-        if not (name in ("merge", "unmerge") and _in_own_forward(self)):
+        if not (name in MERGING and _in_own_forward(self)):
             for before in users:
                 before(self)
         if name not in WRITING:

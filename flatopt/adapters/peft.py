@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Singleton, joined
+from .quantized import format_of, packed_name, shaped
 
 # Families (folders of peft.tuners) that apply W plus an update they can tell, so that a move of W moves what the layer
 # applies one to one. Each is held to that by tests/adapters/test_conformance.py; what is not in here is refused by name.
@@ -48,9 +49,18 @@ def _tuners_utils() -> Any:
     return sys.modules.get("peft.tuners.tuners_utils")  # a PEFT module exists only once PEFT was imported
 
 
+_tuner_layers: dict[type, bool] = {}  # of classes seen since PEFT was imported: asked of every module of a model
+
+
 def is_tuner_layer(module: nn.Module) -> bool:
+    known = _tuner_layers.get(type(module))
+    if known is not None:
+        return known
     tuners = _tuners_utils()
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+    if tuners is None:
+        return False
+    known = _tuner_layers[type(module)] = issubclass(type(module), tuners.BaseTunerLayer)
+    return known
 
 
 _families: dict[type, str] = {}
@@ -85,14 +95,14 @@ class Peft(Singleton):
         if len(chain) > 1 and any(getattr(link, "lora_magnitude_vector", None) for link in chain):
             raise ValueError(f"{path} has a DoRA adapter and one of another method on one weight. {WAY_OUT}")
         base = layer.get_base_layer()
-        name = getattr(layer, "parameter_name", "weight")  # lora.ParamWrapper names its own
+        name = getattr(layer, "parameter_name", None) or packed_name(base) or "weight"  # lora.ParamWrapper names its own
         attention = isinstance(base, nn.MultiheadAttention)
         if attention:
             name = "in_proj_weight"
         if not isinstance(getattr(base, name, None), Tensor):
             raise ValueError(
-                f"{path} has no base weight {name!r} that can be perturbed (GPTQ, AWQ and HQQ layers keep it packed). Load "
-                "the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+                f"{path} has no base weight {name!r}: its {type(base).__name__} is packed in a way that flatopt does not "
+                "know. Load the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
             )
         wrapper = hasattr(layer, "parameter_name")
         experts = wrapper and getattr(base, name).dim() == 3
@@ -118,47 +128,40 @@ class Peft(Singleton):
     def updates(self, weights: Sequence[AdaptedWeight]) -> list[WeightUpdate]:
         updates = []
         for weight in weights:
+            plain = _one_lora(weight) if _lora_linear.get(type(weight.layer), False) else None
+            if plain is not None:
+                A, B, scaling, magnitude = plain
+                row_norm = None if magnitude is None else magnitude.flatten()
+                updates.append(WeightUpdate(factors=((B, A, scaling),), row_norm=row_norm))
+                continue
             try:
-                updates.append(_update(weight.layer, weight.parameter.detach()))
+                updates.append(_update(weight.layer, _numbers(weight)))
             except ValueError as error:
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates
 
     def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any]:
-        # each step for every layer: PEFT's properties and nn.Module's own lookups would cost as much as all else here
         keys: list[Any] = []
-        linear = _lora_linear
         for weight in weights:
-            layer = weight.layer
-            if not linear.get(type(layer), False):
+            plain = _one_lora(weight) if _lora_linear.get(type(weight.layer), False) else None
+            if plain is None:
                 keys.append(_key(weight))
                 continue
-            attributes = layer.__dict__
-            name, modules = attributes["_active_adapter"], attributes["_modules"]
-            if type(name) is not str:
-                name = name[0] if len(name) == 1 else None
-            if attributes["_disable_adapters"] or modules["base_layer"] is not weight.owner:
-                keys.append(_key(weight))
-                continue
-            A, variants = modules["lora_A"]._modules.get(name), attributes.get("lora_variant")
-            if A is None or (variants and not _in_factors(variants.get(name))):
-                keys.append(_key(weight))
-                continue
-            a, b = A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
-            if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
-                keys.append(object())
-                continue
+            A, B, scaling, magnitude = plain
             # in_features and out_features are the layer's, so that the number of elements tells the shape
             key = (
-                *(name, attributes["scaling"][name], id(a), a.data_ptr(), a.dtype, a.numel()),
-                *(id(b), b.data_ptr(), b.dtype, b.numel()),
+                *(scaling, id(A), A.data_ptr(), A.dtype, A.numel()),
+                *(id(B), B.data_ptr(), B.dtype, B.numel()),
             )
-            magnitude = modules["lora_magnitude_vector"]._modules.get(name)
-            keys.append(key if magnitude is None else (key, _memory(magnitude._parameters.get("weight"))))
+            keys.append(key if magnitude is None else (*key, _memory(magnitude)))
         return keys
 
     def is_merged(self, layer: Any) -> bool:
-        return any(link.merged for link in _chain(layer))
+        # asked each step of every layer
+        if layer.merged_adapters:
+            return True
+        inner = layer._modules.get("base_layer")
+        return inner is not None and is_tuner_layer(inner) and any(link.merged for link in _chain(layer)[1:])
 
     def guarded_methods(self, layer: nn.Module) -> list[tuple[type, str]]:
         methods = [(type(link), name) for link in _chain(layer) for name in ("merge", "unmerge")]
@@ -186,7 +189,7 @@ def _chain(layer: Any) -> list[Any]:
 
 def _check_family(layer: Any, path: str) -> None:
     kind = family(layer)
-    if kind not in ADDITIVE:
+    if kind not in ADDITIVE or not hasattr(layer, "get_delta_weight"):  # PEFT 0.18's OSF rebuilds W from its parts
         reason = REASONS.get(kind, "is not among those of which flatopt knows that noise on W reaches the forward unchanged")
         raise ValueError(f"{path} is a PEFT {kind} layer, which {reason}. {WAY_OUT}")
     for variant in getattr(layer, "lora_variant", {}).values():
@@ -218,6 +221,22 @@ def _update(layer: Any, weight: Tensor) -> WeightUpdate:
     if not dense:
         return WeightUpdate(factors=factors)
     return WeightUpdate(dense=sum((s * (B @ A) for B, A, s in factors), sum(dense[1:], dense[0])))
+
+
+def _numbers(weight: AdaptedWeight) -> Tensor:
+    """The weight as numbers; of a quantised one the shape alone, without memory, where the update follows from no more."""
+    form = format_of(weight.owner, weight.name)
+    if form is None:
+        return weight.parameter.detach()
+    layer: Any = weight.layer
+    names = [name for name in layer.active_adapters if _has(layer, name)]
+    several = len(names) > 1 and any(name in getattr(layer, "lora_magnitude_vector", {}) for name in names)
+    reads = several or not all(_in_factors(getattr(layer, "lora_variant", {}).get(name)) for name in names)
+    if reads and form.dequantize is not None:
+        return form.dequantize(weight.owner, weight.parameter)
+    if reads:
+        raise ValueError(f"its update needs W, which a {form.name} layer does not tell")
+    return shaped(weight.owner, weight.name)
 
 
 def _of_one(layer: Any, weight: Tensor) -> WeightUpdate:
@@ -265,7 +284,8 @@ def _lora(layer: Any, name: str, weight: Tensor) -> Factors | None:
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     groups = layer.get_base_layer().__dict__.get("groups", 1)  # a miss in nn.Module's own lookup raises: slow, each step
     if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
-        A = torch.cat([ranks.chunk(groups, dim=1)[group] for group, ranks in enumerate(A.chunk(groups))])
+        ranks = A.chunk(groups) if B.shape[1] < A.shape[0] else [A] * groups  # PEFT 0.15's B reads all ranks
+        A = torch.cat([some.chunk(groups, dim=1)[group] for group, some in enumerate(ranks)])
         B = torch.block_diag(*B.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
     A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
@@ -319,6 +339,32 @@ def _dora_embedding(layer: Any, adapters: list[str], weight: Tensor) -> WeightUp
 _lora_linear: dict[type, bool] = {}  # whether a class is LoRA on linear layers; filled as weights are found
 
 
+def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float, nn.Parameter | None] | None:
+    """``(A, B, scaling, magnitude)`` of LoRA or DoRA on a linear layer with one active adapter; None of anything else.
+
+    Each step for every layer: PEFT's properties and nn.Module's own lookups would cost as much as all else here.
+    """
+    attributes = weight.layer.__dict__
+    name, modules = attributes["_active_adapter"], attributes["_modules"]
+    if type(name) is not str:
+        name = name[0] if len(name) == 1 else None
+    if attributes["_disable_adapters"] or modules["base_layer"] is not weight.owner:
+        return None
+    lora_A, variants = modules["lora_A"]._modules.get(name), attributes.get("lora_variant")
+    if lora_A is None or (variants and not _in_factors(variants.get(name))):
+        return None
+    A, B = lora_A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
+    holder = modules["lora_magnitude_vector"]._modules.get(name)
+    magnitude = None if holder is None else holder._parameters.get("weight")
+    if (
+        type(A) is not nn.Parameter
+        or type(B) is not nn.Parameter
+        or type(magnitude) is not (type(None) if holder is None else nn.Parameter)
+    ):
+        return None
+    return A, B, attributes["scaling"][name], magnitude
+
+
 def _in_factors(variant: Any) -> bool:
     """Whether a way to apply LoRA adds its two factors' product."""
     return variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
@@ -347,7 +393,7 @@ def _key(weight: AdaptedWeight) -> Any:
         or "parameter_name" in layer.__dict__
         or weight.owner.__dict__.get("groups", 1) > 1
         or (dora and (len(names) > 1 or names[0] in embedding))
-        or not all(_in_factors(getattr(layer, "lora_variant", {}).get(name)) for name in names)
+        or any(_lora(layer, name, weight.parameter) is None for name in names)
     ):
         return computed
     key: list[Any] = []

@@ -2,15 +2,20 @@
 
 from torch import Tensor, nn
 
+from ..adapters.forwards import unsupported_reason
+from ..adapters.quantized import format_of
+from .flat_shards import sharding_reason
 from .sharding import local, splits_rows_only
 from .weight import FLOATS, OUTPUTS, AdaptedWeight
 
+WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
 
-def check(weight: AdaptedWeight) -> None:
-    """Raise unless ``weight`` can be perturbed now.
+
+def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
+    """Raise unless ``weight`` can be perturbed now; with ``in_forward``, in its layer's forward where it is quantised.
 
     Raises:
-        ValueError: a weight that is quantised, not loaded, of size 0, sharded along its inputs, trainable, merged or
+        ValueError: a weight that is quantised, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
             offloaded; names it and the way out.
     """
     parameter, path = weight.parameter, weight.path
@@ -22,16 +27,21 @@ def check(weight: AdaptedWeight) -> None:
             f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model with "
             "the bare optimizer: flatopt adds 8 bytes a row of W"
         )
-    # a subclass of Tensor keeps other bits than it shows: bitsandbytes' Params4bit, torchao's
-    if hasattr(parameter, "quant_state") or type(tensor) not in (Tensor, nn.Parameter):
+    reason = sharding_reason(parameter, weight.owner)
+    if reason is not None:
+        raise ValueError(f"{path} cannot be perturbed: {reason}")
+    form = format_of(weight.owner, weight.name)
+    if form is not None:
+        reason = unsupported_reason(weight) if in_forward else f"noise would be rounded away or break its format. {WAY_OUT}"
+        if reason is not None:
+            kind = f"{form.name}: {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
+            where = ", and cannot get its noise in the forward either" if in_forward else ""
+            raise ValueError(f"{path} is quantised ({kind}){where}: {reason}")
+    # another subclass of Tensor may keep other bits than it shows
+    elif type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{path} is quantised ({type(tensor).__name__}): noise would be rounded away or break its format. Load "
-            "the base model in bf16, fp16 or fp32, or leave the layer out with [{'modules': [...]}]"
-        )
-    if tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{path} is {str(tensor.dtype).removeprefix('torch.')}, a quantised or integer weight; flatopt perturbs "
-            "fp32, bf16, fp16 and fp64. Load the base model unquantised, or leave the layer out with [{'modules': [...]}]"
+            f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain "
+            f"tensors of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
         )
     if tensor.device.type == "meta":
         raise ValueError(

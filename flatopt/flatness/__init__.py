@@ -11,13 +11,16 @@ A flat minimum need not generalise better (Andriushchenko et al., ICML 2023): th
 from .hessian import TopEigenvalue, hessian_top_eigenvalue, hessian_trace
 from .landscape import Curve, Surface, loss_curve, loss_surface
 from .plots import plot_contours, plot_curves, plot_range_test, plot_surfaces
+from .quantization import QuantizationTest, Rounded, quantization_test, rounding
 from .range_test import RangeTest, sigma_range_test
 from .sharpness import Estimate, WorstCase, expected_sharpness, worst_case_sharpness
 
 __all__ = [
     "Curve",
     "Estimate",
+    "QuantizationTest",
     "RangeTest",
+    "Rounded",
     "Surface",
     "TopEigenvalue",
     "WorstCase",
@@ -30,6 +33,8 @@ __all__ = [
     "plot_curves",
     "plot_range_test",
     "plot_surfaces",
+    "quantization_test",
+    "rounding",
     "sigma_range_test",
     "worst_case_sharpness",
 ]

@@ -22,7 +22,9 @@ class Point:
     Lists of tensors run over the weights, shaped like them, in float32 (float64 for float64 weights).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"):
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"
+    ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
         self.weights = weights
         self._clean = [w.detach().clone() for w in weights]
@@ -49,6 +51,10 @@ class Point:
         rows = self._targets[index].rows(norms)
         rows.copy_(self._targets[index].rows(tensor).norm(dim=1, keepdim=True).expand_as(rows))
         return norms
+
+    def rows(self, index: int, tensor: Tensor) -> Tensor:
+        """Of a tensor like weight ``index`` the view (rows, fan-in)."""
+        return self._targets[index].rows(tensor)
 
     def fan_in(self, index: int) -> int:
         return self._targets[index].rows(self._clean[index]).shape[1]

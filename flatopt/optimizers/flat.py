@@ -1,7 +1,6 @@
 """The optimizer wrapper: the one line that changes."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
+from ..adapters.quantized import format_of
 from ..core.checks import check
 from ..core.sharding import data_parallel_rank
-from ..ops import NOISES, RESTORES
+from ..core.warn import warn_user
+from ..core.weight import AdaptedWeight
+from ..ops import NOISES
 from ..perturbation.hooks import Doors, listen
 from ..perturbation.noise import NoiseRequest
-from ..perturbation.weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights, refuse_overlapping
+from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights, refuse_overlapping
 from .groups import read_groups
 from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
@@ -61,16 +64,18 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             [0, 1] to a factor on σ. Past the end the factor stays at its last value.
         noise: ``"filter"`` (above), ``"layer"`` (one std a weight: σ × its rms), ``"isotropic"`` (one std for all weights
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
-        restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.reversible`),
+        restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
-            for comparison).
+            for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
+            again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
+            GPTQ, AWQ) always get the last.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the value; and for targets that cannot be perturbed
-            (none found, quantised, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
+            (none found, quantised in an unknown way, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
             out. No weight is changed then.
 
     Example::
@@ -115,8 +120,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
         for group in self.perturb_groups:
             check_group(group)
-        for weight in weights:
-            check(weight)
+            for weight in group["targets"]:
+                check(weight, in_forward=True)
+                _check_forward(weight, group)
         refuse_overlapping(weights)
         self._told: set[str] = set()
         self._drawn, self._parts = False, set[int]()
@@ -127,7 +133,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
-        self._in_step = False
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
@@ -157,11 +162,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             state = other.state
             other.taken_over = weight.path
             other.detach_all()
-            warnings.warn(
+            warn_user(
                 f"{weight.path} was perturbed by an older FlatPerturbOptimizer that is still referenced"
                 f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and the old "
                 "one perturbs no more. Call detach() on an optimizer that is done with, or use it as a context manager",
-                stacklevel=4,
             )
 
     def detach(self) -> None:
@@ -274,7 +278,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             if self._weights.taken_over:
                 raise RuntimeError(self._why_detached())
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self._in_step, self._inner_seen = True, False
+        self._inner_seen = False
         try:
             if closure is None:
                 loss = self.optimizer.step()
@@ -285,7 +289,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self._after_inner_step(self.optimizer)
             return loss
         finally:
-            self._in_step = False
             if closure is not None:
                 self.restore()
 
@@ -375,7 +378,18 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> "dict[str, Any]":
         self.restore()
-        names = ("optimizer", "perturb_groups", "_total_steps", "shared", "_roots", "_told", "_drawn", "_parts", "_seed", "_step")
+        names = (
+            "optimizer",
+            "perturb_groups",
+            "_total_steps",
+            "shared",
+            "_roots",
+            "_told",
+            "_drawn",
+            "_parts",
+            "_seed",
+            "_step",
+        )
         return {name: self.__dict__[name] for name in names}
 
     def __repr__(self) -> str:
@@ -388,34 +402,32 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     # --- what is said once ------------------------------------------------------------------------------------------
 
-    def _warn(self, subject: str, text: str, stacklevel: int) -> None:
+    def _warn_once(self, subject: str, text: str) -> None:
         if subject not in self._told:
             self._told.add(subject)
-            warnings.warn(text, stacklevel=stacklevel + 1)
+            warn_user(text)
 
     def _warn_if_unseen(self, optimizer: Optimizer) -> None:
         lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state
         another_part = self._parts and _first_parameter(optimizer) not in self._parts  # ZeRO steps group by group
         if self._drawn or lr_0 or another_part:
             return
-        self._warn(
+        self._warn_once(
             "unseen",
             "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
             "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without adapted "
             "weights, was called instead of the module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
             "the forward, or step(closure)); or step() was called twice.",
-            stacklevel=6 if self._in_step else 4,
         )
 
     def _warn_past_the_end(self) -> None:
         total = self._total_steps
         if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
-            self._warn(
+            self._warn_once(
                 "past the end",
                 f"step {self._step} is past total_steps={total}: sigma stays where the schedule ended. Set "
                 "optimizer.total_steps to the number of optimizer steps of the whole training; for a second run, make a new "
                 "optimizer or set optimizer.step_count = 0",
-                stacklevel=6,
             )
 
     def _why_detached(self) -> str:
@@ -427,12 +439,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         )
 
     def _tell_no_hooks(self) -> None:
-        self._warn(
+        self._warn_once(
             "no hooks",
             f"{type(self.optimizer).__name__} steps without running torch's step hooks, so flatopt sees only steps made through "
             "this FlatPerturbOptimizer: a step of the bare optimizer, or of a scheduler or framework that holds it, leaves W "
             "perturbed. Step the FlatPerturbOptimizer",
-            stacklevel=3,
         )
 
 
@@ -461,6 +472,13 @@ def _first_parameter(optimizer: Optimizer) -> int:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+
+
+def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
+    if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
+        reason = unsupported_reason(weight, group["noise"])
+        if reason is not None:
+            raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
 
 
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:

@@ -23,9 +23,12 @@ class OptimizerWrapper(Optimizer):
     def innermost(self) -> Optimizer:
         """The optimizer whose step changes the parameters, under accelerate's, DeepSpeed's and other wrappers."""
         inner = self.optimizer
-        while isinstance(deeper := inner.__dict__.get("optimizer"), Optimizer):
+        while True:
+            held = (inner.__dict__.get(name) for name in ("optimizer", "_base_optimizer"))  # the latter: timm's Lookahead
+            deeper = next((optimizer for optimizer in held if isinstance(optimizer, Optimizer)), None)
+            if deeper is None:
+                return inner
             inner = deeper
-        return inner
 
     def _attach(self) -> None:
         # Optimizer.__init__ would assign state and param_groups, through our properties: wiping the wrapped one's

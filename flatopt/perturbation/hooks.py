@@ -27,7 +27,9 @@ class Doors:
     def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
         self.weights: PerturbedWeights | None = weights
         self.perturb = perturb
-        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # root -> its last forward's kind
+        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = (
+            weakref.WeakKeyDictionary()
+        )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
         self._strangers: Any = None
         self._memory: set[int] | None = None
@@ -136,7 +138,9 @@ class Doors:
     def first_pass(self, inputs: Any) -> None:
         """Take down what a root reads without gradients before a step: the first pass of a cache of gradients, maybe."""
         if len(self._first_pass) < 256:
-            self._first_pass.update((t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel())
+            self._first_pass.update(
+                (t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel()
+            )
             self._clock = _backwards_so_far()
 
     def refuse_second_pass(self, module: nn.Module, inputs: Any) -> None:

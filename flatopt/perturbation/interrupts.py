@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 # those whose handlers, where a program sets any in Python, tend to raise
-_WAIT = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2") if hasattr(signal, f"SIG{name}")]
+_WAIT = [
+    getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2") if hasattr(signal, f"SIG{name}")
+]
 
 
 @contextmanager

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
 from ..core.sharding import first_row, fsdp_modules, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
+from ..ops import RESTORES as IN_PLACE
 from ..ops import Plan, plan, writing
+from .forward import ForwardPlan, own_forwards
 from .interrupts import uninterrupted
 from .noise import NoiseRequest
 
+RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
@@ -47,7 +51,7 @@ class PerturbedWeights:
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
         self._versions: list[tuple[WeightView, int]] = []
-        self._kept_versions: list[tuple[WeightView, Any, int]] = []
+        self._kept_versions: list[tuple[WeightView, Any]] = []
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
 
@@ -62,6 +66,7 @@ class PerturbedWeights:
             return
         with self._lock, _writing():
             self._reshard()
+            _refuse_written(self._written(wait=False))  # a GPU tells of the last step now
             self._plans = self._look(request)
             self._refuse_shared_memory()
             key = request.key
@@ -103,12 +108,11 @@ class PerturbedWeights:
             lost = self._replaced()
             if not lost:
                 exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
-                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor), 0) for v in exact]
+                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
             self._bits_back(lost)
             if lost:
                 self._end()
             else:
-                self._kept_versions = [(v, kept, _version(v)) for v, kept, _ in self._kept_versions]
                 self._note_versions()
                 self.state = SUSPENDED
         _refuse_written(lost)
@@ -127,8 +131,8 @@ class PerturbedWeights:
             except BaseException:
                 self._take_back()
                 raise
-            moved += [view for each in self._plans for view in each.written()]
-            for view, kept, version in self._kept_versions:
+            moved += self._written(wait=False)
+            for view, kept in self._kept_versions:
                 # what was written to in between is not what a graph saved: there backward must raise
                 if view not in moved:
                     kept.__exit__(None, None, None)
@@ -137,15 +141,18 @@ class PerturbedWeights:
             self._follow()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
+        written_to = any(_version(view) != version for view, version in self._versions)  # the checksums say whether it matters
         try:
             for each in self._plans:
                 each.restore()
         except BaseException:
             self._take_back()
             raise
-        for each in self._plans:
-            lost += [view for view in each.written() if view not in lost]
+        lost += [view for view in self._written(wait=written_to) if view not in lost]
         self._follow()
+
+    def _written(self, wait: bool) -> "list[WeightView]":
+        return [view for look in self._looks for each in look.plans for view in each.written(wait)]
 
     def _take_back(self) -> None:
         """After a failure: clean, or else perturbed with all that a later :meth:`restore` needs."""
@@ -229,8 +236,10 @@ class PerturbedWeights:
     def detach(self) -> None:
         try:
             self.restore()
+            _refuse_written(self._written(wait=True))
         finally:
             _attached.discard(self)
+            own_forwards(self.weights())
 
     def weights(self) -> "list[AdaptedWeight]":
         return [weight for group in self.groups for weight in group["targets"]]
@@ -291,6 +300,7 @@ class GroupLook:
         self._known: list[WeightView | None] = []
         self._seen: list[tuple[Any, ...]] = []
         self._keys: list[Any] = []
+        self._quantised: list[bool] = []
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> "list[Plan]":
         parameters = [weight.parameter for weight in weights]
@@ -298,32 +308,42 @@ class GroupLook:
         if self._settings != settings:
             self._settings, self._weights, self._seen = settings, weights, [()] * len(weights)
             self._known: list[WeightView | None] = [None] * len(weights)
+            self._quantised = [False] * len(weights)
             self.plans = []
         for weight, parameter, seen in zip(weights, parameters, self._seen):
             if not seen or seen[0] != id(parameter):
-                check(weight)  # before anything is asked of what may be no tensor, or a quantised one
+                check(weight, in_forward=True)  # before anything is asked of what may be no tensor
         tensors = [local(p.detach()) for p in parameters]
         seen = [
-            (id(p), t.data_ptr(), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
+            (id(p), t.data_ptr() or data_ptr(p), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
             for w, p, t in zip(weights, parameters, tensors)
         ]
         if seen != self._seen:
             for i, now in enumerate(seen):
                 if now != self._seen[i]:
                     if self._seen[i] and self._seen[i][0] == now[0]:
-                        check(weights[i])
+                        check(weights[i], in_forward=True)
+                    self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
             self._seen, self.plans = seen, []
         views = [view for view in self._known if view is not None]
-        for view, parameter, tensor in zip(views, parameters, tensors):
-            view.parameter, view.tensor, view.rows = parameter, tensor, view.weight.rows(tensor)
+        for view, parameter, tensor, quantised in zip(views, parameters, tensors, self._quantised):
+            view.parameter, view.tensor = parameter, None if quantised else tensor
+            view.rows = None if quantised else view.weight.rows(tensor)
         self.views = [view for view, now in zip(views, seen) if not (now[1] in taken or taken.add(now[1]))]
         self._look_at_updates(restore)
         if not self.plans:
             self.exact = restore != "subtract"
-            kept = [view for view in self.views if not view.weight.rebuilt]
-            rebuilt = [view for view in self.views if view.weight.rebuilt]
+            inside = [view for view in self.views if restore == "forward" or view.tensor is None]
+            kept = [view for view in self.views if view not in inside and not view.weight.rebuilt]
+            rebuilt = [view for view in self.views if view not in inside and view.weight.rebuilt]
+            if noise == "isotropic" and inside and len(inside) < len(self.views):
+                raise ValueError(
+                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                    "are not. Put them into groups of their own, or use restore='forward' for all"
+                )
             self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
+            self.plans += [ForwardPlan(inside, noise)] if inside else []
         return self.plans
 
     def _look_at_updates(self, restore: str) -> None:
@@ -338,9 +358,9 @@ class GroupLook:
             return
         for batch in batches.values():
             for view, update in zip(batch, batch[0].weight.adapter.updates([view.weight for view in batch])):
-                assert view.parameter is not None and view.tensor is not None
+                assert view.parameter is not None
                 mine = local_update(update, view.parameter)
-                view.update = in_memory_order(mine, view.tensor, view.weight.layout)
+                view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
         self._keys, self.plans = keys, []
 
     def note_versions(self) -> None:
@@ -381,7 +401,9 @@ def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":
         return None  # a tensor that is elsewhere (meta, fake, packed): it shares memory with nothing here
 
 
-def _overlap(mine: "list[tuple[int, int, AdaptedWeight]]", others: "list[tuple[int, int, AdaptedWeight]]") -> "AdaptedWeight | None":
+def _overlap(
+    mine: "list[tuple[int, int, AdaptedWeight]]", others: "list[tuple[int, int, AdaptedWeight]]"
+) -> "AdaptedWeight | None":
     """A weight of ``mine`` that shares memory with one of ``others``."""
     others = sorted(others, key=lambda extent: extent[0])
     starts = [start for start, _, _ in others]

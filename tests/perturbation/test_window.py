@@ -109,16 +109,33 @@ def test_an_evaluation_sees_clean_weights_and_moves_no_noise(model, before, how)
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("restore", MODES)
-def test_an_eval_forward_before_backward_raises(model, before, restore):
-    optimizer = wrap(model, restore=restore)
+@pytest.mark.parametrize("restore", EXACT)
+def test_backward_after_an_eval_forward_finds_the_noise_its_graph_was_made_at(model, before, restore):
+    gradients = []
+    for evaluate in (False, True):
+        optimizer = wrap(model, restore=restore, seed=3)
+        loss = loss_of(model)
+        if evaluate:
+            model.eval()(batch()[0])
+            assert not changed(model, before) and not optimizer.is_perturbed
+            model.train()
+        loss.backward()
+        assert optimizer.is_perturbed
+        gradients.append([p.grad.clone() for p in trainable(model)])
+        optimizer.restore()
+        optimizer.zero_grad()
+        optimizer.detach()
+        assert not changed(model, before)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_an_eval_forward_before_backward_raises_with_subtract(model):
+    optimizer = wrap(model, restore="subtract")
     loss = loss_of(model)
     model.eval()(batch()[0])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     optimizer.step()
-    if restore != "subtract":
-        assert not changed(model, before)
 
 
 @pytest.mark.parametrize("restore", MODES)
@@ -450,12 +467,33 @@ def test_writing_to_w_inside_a_window_is_an_error_that_names_it(model):
         optimizer.step()
 
 
-def test_two_optimizers_on_one_weight_raise(model, before):
-    first, second = wrap(model), wrap(model, seed=1)
-    with pytest.raises(RuntimeError, match=r"first\S*weight is already perturbed by another"):
-        loss_of(model)
-    first.restore(), second.restore()
+def test_the_newest_optimizer_takes_over_and_the_older_one_says_so(model, before):
+    first = wrap(model)
+    with pytest.warns(UserWarning, match=r"first\S*weight was perturbed by an older FlatPerturbOptimizer.*detach"):
+        second = wrap(model, seed=1)
+    loss_of(model).backward()
+    assert second.is_perturbed and not first.is_perturbed
+    for use in (first.perturb, first.step):
+        with pytest.raises(
+            RuntimeError, match=r"a newer FlatPerturbOptimizer perturbs \S*first\S*weight.*optimizer\.optimizer"
+        ):
+            use()
+    second.step()
     assert not changed(model, before)
+
+
+def test_an_older_optimizer_amid_its_step_is_restored_by_the_one_that_takes_over(model, before):
+    first = wrap(model)
+    loss = loss_of(model)
+    with pytest.warns(UserWarning, match="amid a step: its weights are restored"):
+        second = wrap(model, seed=1)
+    assert not changed(model, before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss_of(model).backward()
+    second.step()
+    assert not changed(model, before)
+    del first
 
 
 def test_two_optimizers_on_different_weights(model, before):

@@ -1,0 +1,259 @@
+"""One training run of the study: an adapter on a pretrained model, by one of the methods that are compared.
+
+Every method trains the same adapter from the same start on the same batches; they differ in where the gradient is taken.
+"""
+
+import contextlib
+import gc
+import math
+
+import torch
+from torch import Tensor, nn
+
+import flatopt
+
+METHODS = ("plain", "flat", "group", "sam-adapter", "sam-full", "bilora")
+
+
+def adapted(task) -> nn.Module:
+    """The task's model with LoRA on its targets, alpha = 2 r."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(task.model(), LoraConfig(r=task.rank, lora_alpha=2 * task.rank, target_modules=list(task.targets)))
+
+
+class Lora:
+    """One adapted layer: its frozen weight and factors as matrices (rows, fan-in), (rows, r), (r, fan-in)."""
+
+    def __init__(self, layer: nn.Module):
+        self.weight = layer.get_base_layer().weight
+        self.A, self.B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        self.scaling = layer.scaling["default"]
+
+    @property
+    def rows(self) -> Tensor:
+        return self.weight.detach().flatten(1)
+
+    def merged(self) -> Tensor:
+        return self.rows.float() + self.scaling * (self.B.detach().flatten(1) @ self.A.detach().flatten(1))
+
+
+class Gradient:
+    """``gradient(batch)`` leaves the gradient in ``.grad`` of ``parameters`` and returns the loss.
+
+    On CUDA the forward and backward of a batch are captured once and replayed: layers this small wait for Python otherwise.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn, batch: "tuple[Tensor, ...]", parameters: "list[Tensor]"):
+        self.parameters, self.batch, self.graph = parameters, tuple(t.clone() for t in batch), None
+        self.model, self.loss_fn = model, loss_fn
+        if batch[0].is_cuda:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss, self.grads = self._compute()
+
+    def _compute(self) -> "tuple[Tensor, tuple[Tensor, ...]]":
+        frozen = [p for p in self.parameters if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        loss = self.loss_fn(self.model, self.batch)[0]
+        grads = torch.autograd.grad(loss, self.parameters)
+        for p in frozen:
+            p.requires_grad_(False)
+        return loss.detach(), grads
+
+    def __call__(self, batch: "tuple[Tensor, ...]") -> Tensor:
+        for static, given in zip(self.batch, batch):
+            static.copy_(given)
+        if self.graph is None:
+            self.loss, self.grads = self._compute()
+        else:
+            self.graph.replay()
+        for p, g in zip(self.parameters, self.grads):
+            p.grad = g
+        return self.loss
+
+
+class Trainer:
+    """A task's adapted model, and training it anew for every run."""
+
+    def __init__(self, task):
+        self.task, self.model = task, adapted(task)
+        self.layers = [Lora(m) for m in self.model.modules() if hasattr(m, "lora_A")]
+        self.parameters = [p for layer in self.layers for p in (layer.A, layer.B)]
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # the pretrained statistics stay
+        self.batch = tuple(t[: task.batch] for t in task.train(0))
+        self._gradients = {}
+
+    def gradient(self, full: bool) -> Gradient:
+        """Of the adapter alone, or of the frozen weights too."""
+        if full not in self._gradients:
+            wanted = [*self.parameters, *([layer.weight for layer in self.layers] if full else [])]
+            self._gradients[full] = Gradient(self.model, self.task.loss_and_accuracy, self.batch, wanted)
+        return self._gradients[full]
+
+    def reset(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            bound = 1 / math.sqrt(layer.A[0].numel())
+            with torch.no_grad():
+                layer.A.copy_((torch.rand(layer.A.shape, generator=generator) * 2 - 1) * bound)
+                layer.B.zero_()
+
+    def run(self, config: dict, seed: int) -> None:
+        """Train by ``config``: ``method``, ``strength`` (σ, factor or ρ), ``lr``, ``steps``, ``weight_decay``, ``ema``."""
+        self.reset(seed)
+        steps = config["steps"]
+        gradient = self.gradient(config["method"] in ("sam-full", "bilora"))
+        for p in self.parameters:
+            p.grad = None
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=config["lr"], weight_decay=config["weight_decay"], fused=self.batch[0].is_cuda
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        step_by = METHOD[config["method"]](self, optimizer, gradient, config, seed)
+        average = [p.detach().clone() for p in self.parameters] if config["ema"] else []
+        data = self.task.train(seed)
+        for step, index in enumerate(indices(len(data[0]), steps, self.task.batch, seed)):
+            step_by(step, tuple(t[index.to(t.device)] for t in data))
+            scheduler.step()
+            if average:
+                torch._foreach_lerp_(average, [p.detach() for p in self.parameters], 1 - config["ema"])
+        if average:
+            torch._foreach_copy_([p.detach() for p in self.parameters], average)
+        del step_by, optimizer, scheduler
+        gc.collect()  # lets go of the hooks of a FlatPerturbOptimizer
+
+    @contextlib.contextmanager
+    def moved(self, offsets: "list[Tensor]"):
+        """W + offset inside; afterwards W's bits."""
+        weights = [layer.rows for layer in self.layers]
+        clean = [w.clone() for w in weights]
+        with torch.no_grad():
+            for w, offset in zip(weights, offsets):
+                w.copy_(w.float() + offset)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(weights, clean)
+
+
+def indices(size: int, steps: int, batch: int, seed: int):
+    """``steps`` batches of indices, reshuffled each time round; short last ones are dropped."""
+    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(size, generator=generator)
+        yield order[:batch]
+        order = order[batch:]
+
+
+def rising(step: int, steps: int) -> float:
+    return 0.5 * (1 - math.cos(math.pi * step / steps))
+
+
+def plain(trainer, optimizer, gradient, config, seed):
+    def step(_, batch):
+        gradient(batch)
+        optimizer.step()
+
+    return step
+
+
+def flat(trainer, optimizer, gradient, config, seed):
+    """The library's: the noise of Eq. 7, taken off bit for bit."""
+    wrapped = flatopt.FlatPerturbOptimizer(
+        optimizer, trainer.model, sigma=config["strength"], total_steps=config["steps"], seed=seed
+    )
+
+    def step(_, batch):
+        wrapped.perturb()
+        gradient(batch)  # a replayed graph calls no hooks
+        wrapped.step()
+
+    return step
+
+
+def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator) -> Tensor:
+    """Uniform over one rounding step of a symmetric format: by group of ``group`` inputs, step = max|W'| / (2^(bits-1) - 1)."""
+    rows, fan_in = merged.shape
+    filled = nn.functional.pad(merged, (0, -fan_in % group)).view(rows, -1, group)
+    width = filled.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    u = torch.rand(filled.shape, device=merged.device, generator=generator).sub_(0.5)
+    return u.mul_(width).view(rows, -1)[:, :fan_in]
+
+
+def group(trainer, optimizer, gradient, config, seed):
+    """Noise shaped like int4 by groups of 64: std = strength × step/√12."""
+    generator = torch.Generator(trainer.batch[0].device).manual_seed(seed)
+
+    def step(number, batch):
+        factor = config["strength"] * rising(number, config["steps"])
+        with trainer.moved([factor * group_noise(layer.merged(), 64, 4, generator) for layer in trainer.layers]):
+            gradient_in(gradient, batch)
+        optimizer.step()
+
+    return step
+
+
+def gradient_in(gradient, batch):
+    with torch.enable_grad():
+        return gradient(batch)
+
+
+def sam(space: str):
+    def make(trainer, optimizer, gradient, config, seed):
+        wrapped = flatopt.SAM(
+            optimizer, rho=config["strength"], space=space, targets=trainer.model if space == "full" else None
+        )
+        return lambda _, batch: wrapped.step(lambda: gradient(batch))
+
+    return make
+
+
+def bilora(trainer, optimizer, gradient, config, seed):
+    """Bi-LoRA (arXiv 2508.19564): a second pair climbs by the same backward; √Σ‖B₂A₂‖² is kept ≤ ρ; dropped at the end."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    device, pairs = trainer.batch[0].device, []
+    for layer in trainer.layers:
+        m, n = layer.rows.shape
+        A = torch.rand(trainer.task.rank, n, generator=generator).sub(0.5).mul(2 / math.sqrt(n)).to(device)
+        pairs.append((torch.zeros(m, trainer.task.rank, device=device), A))
+
+    def step(_, batch):
+        scaling = trainer.layers[0].scaling
+        with trainer.moved([scaling * (B @ A) for B, A in pairs]):
+            gradient_in(gradient, batch)
+            lr = optimizer.param_groups[0]["lr"]
+            for layer, (B, A) in zip(trainer.layers, pairs):
+                g = layer.weight.grad.flatten(1).float()
+                up_B, up_A = scaling * g @ A.t(), scaling * B.t() @ g
+                B.add_(up_B, alpha=lr)
+                A.add_(up_A, alpha=lr)
+            length = torch.stack([(scaling * (B @ A)).square().sum() for B, A in pairs]).sum().sqrt()
+            shrink = (config["strength"] / length).clamp(max=1).sqrt()
+            for B, A in pairs:
+                B.mul_(shrink)
+                A.mul_(shrink)
+        optimizer.step()
+
+    return step
+
+
+METHOD = {
+    "plain": plain,
+    "flat": flat,
+    "group": group,
+    "sam-adapter": sam("adapter"),
+    "sam-full": sam("full"),
+    "bilora": bilora,
+}

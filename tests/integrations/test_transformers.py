@@ -1,0 +1,301 @@
+"""FlatPerturbCallback in transformers' own Trainer and Seq2SeqTrainer."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import trainable
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from tiny import Watch, adapter, differing, llama, lora_llama, rows, t5  # noqa: E402
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from flatopt import FlatPerturbOptimizer  # noqa: E402
+from flatopt.integrations.transformers import FlatPerturbCallback  # noqa: E402
+
+STEPS, SIGMA = 4, 0.1
+
+
+def arguments(folder, kind=TrainingArguments, **options):
+    usual = {"use_cpu": True, "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 5}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    return kind(str(folder), **{**usual, **quiet, **options})
+
+
+def train(folder, callback="flat", model=None, resume=None, trainer=Trainer, data=None, others=(), optimizers=(None, None), **options):
+    """A run; its model and the watch over it. ``callback`` None: plain."""
+    model = model or lora_llama()
+    watch = Watch(model)
+    callback = FlatPerturbCallback(sigma=SIGMA, schedule="constant") if callback == "flat" else callback
+    kind = Seq2SeqTrainingArguments if trainer is Seq2SeqTrainer else TrainingArguments
+    run = trainer(
+        model,
+        arguments(folder, kind, **options),
+        train_dataset=data or rows(),
+        eval_dataset=rows(4, seed=2),
+        callbacks=[*([callback] if callback else []), *others],
+        optimizers=optimizers,
+    )
+    run.train(resume_from_checkpoint=resume)
+    assert watch.changed() == []
+    return model, watch
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop", "schedule_free_adamw", "adamw_bnb_8bit"]
+LIBRARY = {"schedule_free_adamw": "schedulefree", "adamw_bnb_8bit": "bitsandbytes"}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_optimizer_trains_at_perturbed_weights(tmp_path, optim):
+    if optim in LIBRARY:
+        pytest.importorskip(LIBRARY[optim])
+    options = {"optim": optim, "lr_scheduler_type": "constant" if "schedule_free" in optim else "linear"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*FlatPerturb")
+        flat, watch = train(tmp_path, **options)
+    plain, _ = train(tmp_path, None, **options)
+    assert watch.trained == [False] * STEPS
+    assert differing(adapter(flat), adapter(plain))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_it_equals_a_flat_optimizer_given_to_the_trainer(tmp_path, accumulation):
+    callback = FlatPerturbCallback(sigma=SIGMA, seed=7)
+    options = {"gradient_accumulation_steps": accumulation, "optim": "adamw_torch"}
+    ours, watch = train(tmp_path, callback, **options)
+    assert len(watch.trained) == STEPS * accumulation
+    assert watch.trained[:accumulation] == [True] * accumulation  # the cosine schedule starts at 0
+    assert not any(watch.trained[accumulation:])
+    model = lora_llama()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    optimizer = FlatPerturbOptimizer(optimizer, model, sigma=SIGMA, seed=7, total_steps=STEPS)
+    theirs, _ = train(tmp_path, None, model=model, optimizers=(optimizer, None), **options)
+    plain, _ = train(tmp_path, None, **options)
+    assert differing(adapter(ours), adapter(theirs)) == []
+    assert differing(adapter(ours), adapter(plain))
+
+
+def test_sigma_0_is_plain_training_and_nothing_is_left_behind(tmp_path):
+    plain, _ = train(tmp_path / "plain", None)
+    model = lora_llama()
+    before = hooks(model)
+    callback = FlatPerturbCallback(sigma=0.0)
+    flat, watch = train(tmp_path / "flat", callback, model=model)
+    assert differing(adapter(plain), adapter(flat)) == []
+    assert callback.optimizer is None
+    assert hooks(model) == before + 1  # the watch's
+
+
+CASES = {
+    "bf16": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "short last window": {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainers_options(tmp_path, case):
+    model = lora_llama()
+    if case == "reentrant":
+        model.enable_input_require_grads()
+    flat, watch = train(tmp_path, model=model, **CASES[case])
+    assert watch.trained
+    assert not any(watch.trained)
+
+
+class Reader(TrainerCallback):
+    """Generates and saves where it is asked in mid-step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+        model.save_pretrained(self.folder)
+        control.should_evaluate = True
+
+
+def test_evaluation_generation_and_saving_amid_training_find_clean_weights(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    options |= {"save_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    model, watch = train(tmp_path / "run", others=[Reader(tmp_path / "model")], **options)
+    assert len(watch.trained) == 2 * STEPS
+    assert not any(watch.trained)
+    assert len(watch.read) > STEPS
+    assert all(watch.read)
+    assert (tmp_path / "model" / "adapter_config.json").exists()
+
+
+def test_reading_amid_training_changes_nothing(tmp_path):
+    runs = []
+    for others in ([], [Reader(tmp_path / "model")]):
+        model, _ = train(tmp_path, model=lora_llama(lora_dropout=0.0), others=others, gradient_accumulation_steps=2)
+        runs.append(adapter(model))
+    assert differing(*runs) == []
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    callback = FlatPerturbCallback(sigma=SIGMA, seed=3)
+    whole, _ = train(tmp_path / "whole", callback, save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "whole" / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["FlatPerturbCallback"]["args"]
+    assert (saved["sigma"], saved["seed"]) == (SIGMA, 3)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*FlatPerturb")
+        resumed, watch = train(tmp_path / "resumed", FlatPerturbCallback(sigma=SIGMA, seed=3), resume=checkpoint)
+        assert differing(adapter(whole), adapter(resumed)) == []
+        assert len(watch.trained) == 2
+        for given in (FlatPerturbCallback(), FlatPerturbCallback(sigma=0.5)):  # the Trainer makes it anew from the file
+            resumed, _ = train(tmp_path / "made", given, resume=checkpoint, restore_callback_states_from_checkpoint=True)
+            assert differing(adapter(whole), adapter(resumed)) == []
+    with pytest.warns(UserWarning, match=r"goes on from step 2 .*seed was 3, is 0; sigma was 0.1, is 0.2"):
+        train(tmp_path / "other", FlatPerturbCallback(sigma=0.2), resume=checkpoint)
+
+
+def test_what_a_checkpoint_cannot_keep_is_refused_not_lost(tmp_path):
+    def callback():
+        return FlatPerturbCallback(targets=lambda model: [{"modules": model.base_model.model.model.layers[0]}])
+
+    whole, _ = train(tmp_path / "whole", callback(), save_strategy="steps", save_steps=2)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed, _ = train(tmp_path / "resumed", callback(), resume=checkpoint)
+    assert differing(adapter(whole), adapter(resumed)) == []
+    with pytest.raises(ValueError, match="cannot keep its targets"):
+        train(tmp_path / "made", callback(), resume=checkpoint, restore_callback_states_from_checkpoint=True)
+
+
+def test_train_twice_starts_its_schedule_anew(tmp_path):
+    model, seen = lora_llama(), []
+    watch = Watch(model)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[FlatPerturbCallback(sigma=SIGMA)])
+    for _ in range(2):
+        trainer.train()
+        seen.append(watch.trained[-STEPS:])
+    assert seen == [[True, False, False, False]] * 2
+    assert watch.changed() == []
+
+
+def test_interrupted_and_run_again_with_the_same_or_a_new_trainer(tmp_path):
+    class Stop(TrainerCallback):
+        at = 2
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == self.at:
+                raise KeyboardInterrupt
+
+    model, stop = lora_llama(), Stop()
+    watch, options = Watch(model), {"gradient_accumulation_steps": 2}
+    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA), stop])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[5, 6]]))
+    assert watch.read == [True]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    again = Trainer(model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA)])
+    with pytest.warns(UserWarning, match="older FlatPerturbOptimizer"):
+        again.train()
+    assert watch.changed() == []
+    assert watch.trained[-2 * STEPS :] == [True] * 2 + [False] * (2 * STEPS - 2)
+
+
+def test_a_smaller_batch_after_running_out_of_memory(tmp_path):
+    class Full(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, train_dataloader, **kwargs):
+            if state.train_batch_size > 2 and state.global_step == 2:
+                raise RuntimeError("CUDA out of memory.")
+
+    model, watch = train(tmp_path, FlatPerturbCallback(SIGMA), others=[Full()], auto_find_batch_size=True)
+    assert watch.trained[-STEPS:] == [True, False, False, False]  # anew, with a schedule of its own
+
+
+def test_model_init_and_hyperparameter_search(tmp_path):
+    pytest.importorskip("optuna")
+    watches = []
+
+    def model_init(trial=None):
+        watches.append(Watch(lora_llama()))
+        return watches[-1].model
+
+    trainer = Trainer(
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=2),
+        model_init=model_init,
+        train_dataset=rows(),
+        eval_dataset=rows(4, seed=2),
+        callbacks=[FlatPerturbCallback(sigma=SIGMA, schedule="constant")],
+    )
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2, backend="optuna"
+    )
+    trained = [watch for watch in watches if watch.trained]
+    assert len(trained) == 2
+    for watch in trained:
+        assert watch.trained == [False] * STEPS
+        assert watch.read
+        assert all(watch.read)
+        assert watch.changed() == []
+
+
+def test_seq2seq_trainer_generates_at_clean_weights(tmp_path):
+    options = {"predict_with_generate": True, "generation_max_length": 4, "eval_strategy": "steps", "eval_steps": 2}
+    model, watch = train(tmp_path, model=t5(), trainer=Seq2SeqTrainer, **options)
+    assert watch.trained == [False] * STEPS
+    assert watch.read
+    assert all(watch.read)
+
+
+def test_two_at_once_and_nothing_to_perturb_are_refused(tmp_path):
+    model = lora_llama()
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, total_steps=STEPS)
+    with pytest.raises(ValueError, match="leave out the callback"):
+        train(tmp_path, model=model, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="no low-rank module"):
+        Trainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[FlatPerturbCallback()]).train()
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+def _rank(rank, port, folder):
+    import os
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    seen = []
+
+    class Perturbed(TrainerCallback):
+        def on_substep_end(self, args, state, control, model, **kwargs):
+            layer = next(m for m in model.modules() if hasattr(m, "base_layer"))
+            seen.append(layer.base_layer.weight.detach().clone())
+
+    options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
+    model, watch = train(folder, others=[Perturbed()], max_steps=2, per_device_train_batch_size=2, **options)
+    torch.save({"adapter": adapter(model), "seen": seen, "trained": watch.trained}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_each_rank_draws_its_own_noise(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert differing(first["adapter"], second["adapter"]) == []
+    assert first["trained"] == second["trained"] == [False] * 4
+    assert not any(torch.equal(x, y) for x, y in zip(first["seen"], second["seen"]))

@@ -1,0 +1,592 @@
+"""restore="forward": the noise enters in the layer's own forward, and W keeps every bit."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flatopt import FlatPerturbOptimizer
+from flatopt.adapters.forwards import unsupported_reason
+from flatopt.adapters.quantized import format_of, packed_name
+from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
+from flatopt.ops.noise import normals, step_key, weight_key
+from flatopt.perturbation import forward
+from flatopt.perturbation.forward import ForwardPlan, forward_reason, own_forwards
+
+ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
+
+
+# --- layers of every format -----------------------------------------------------------------------------------------------
+
+
+def plain(dtype=torch.float32):
+    return nn.Linear(FAN_IN, ROWS).to(dtype).requires_grad_(False)
+
+
+def bitsandbytes_4bit(kind, nested=False):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(FAN_IN, ROWS, compute_dtype=torch.float32, quant_type=kind, compress_statistics=nested)
+    layer.load_state_dict(plain().state_dict())
+    return layer.to("cpu").requires_grad_(False)
+
+
+def bitsandbytes_int8():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(FAN_IN, ROWS, has_fp16_weights=False)
+    layer.load_state_dict(plain().state_dict())
+    return layer.to("cpu").requires_grad_(False)
+
+
+def torchao(config, **options):
+    quantization = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(plain(torch.bfloat16))
+    quantization.quantize_(net, getattr(quantization, config)(**options))
+    return net[0].requires_grad_(False)
+
+
+def hqq(bits, axis):
+    quantize = pytest.importorskip("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+    return quantize.HQQLinear(plain(), config, compute_dtype=torch.float32, device="cpu").requires_grad_(False)
+
+
+def quanto(kind):
+    optimum = pytest.importorskip("optimum.quanto")
+    net = nn.Sequential(plain())
+    optimum.quantize(net, weights=getattr(optimum, kind))
+    optimum.freeze(net)
+    return net[0].requires_grad_(False)
+
+
+class Packed(nn.Module):
+    """A layer in the manner of GPTQ's and AWQ's: it multiplies by a weight that only it can unpack."""
+
+    def __init__(self):
+        super().__init__()
+        linear = plain()
+        self.in_features, self.out_features, self.bias = FAN_IN, ROWS, linear.bias
+        self.register_buffer("scales", linear.weight.abs().amax(1, keepdim=True) / 7)
+        self.register_buffer("qweight", (linear.weight / self.scales).round().to(torch.int32))
+
+    def forward(self, x):
+        return F.linear(x, self.qweight * self.scales, self.bias)
+
+
+class Fp8(nn.Linear):
+    """A layer in the manner of transformers' FP8Linear, in plain arithmetic."""
+
+    def __init__(self):
+        super().__init__(FAN_IN, ROWS)
+        self.block_size = (16, 64)
+        weight = self.weight.detach()
+        self.requires_grad_(False)
+        self.weight_scale_inv = nn.Parameter(torch.rand(2, 2) + 0.5, requires_grad=False)
+        self.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        blocks = self.weight_scale_inv.repeat_interleave(16, 0).repeat_interleave(64, 1)
+        return F.linear(x.bfloat16().float(), self.weight.float() * blocks, self.bias)
+
+
+FORMATS = {
+    "bitsandbytes nf4": lambda: bitsandbytes_4bit("nf4"),
+    "bitsandbytes nf4, double quantised": lambda: bitsandbytes_4bit("nf4", nested=True),
+    "bitsandbytes fp4": lambda: bitsandbytes_4bit("fp4"),
+    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao float8": lambda: torchao("Float8WeightOnlyConfig"),
+    "HQQ 4 bit, axis 0": lambda: hqq(4, axis=0),
+    "HQQ 4 bit, axis 1": lambda: hqq(4, axis=1),
+    "HQQ 2 bit": lambda: hqq(2, axis=1),
+    "quanto int8": lambda: quanto("qint8"),
+    "quanto int4": lambda: quanto("qint4"),
+    "quanto float8": lambda: quanto("qfloat8"),
+}
+ADDED = {"bitsandbytes int8": bitsandbytes_int8, "packed": Packed, "fp8": Fp8}
+
+
+def build(make):
+    try:
+        return make()
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:
+        pytest.skip(f"not on this machine: {str(error)[:100]}")
+
+
+def view_of(layer, index=3, update=None, layout="rows"):
+    weight = AdaptedWeight(layer, packed_name(layer), "layer", layer, None, layout)
+    return WeightView(weight, index, update=update or WeightUpdate())
+
+
+def lora_update(rows=ROWS, fan_in=FAN_IN, rank=4):
+    return WeightUpdate(((torch.randn(rows, rank), torch.randn(rank, fan_in), 0.5),))
+
+
+def perturbed(view, noise="filter", key=KEY):
+    plan = ForwardPlan([view], noise)
+    plan.fill_std(SIGMA)
+    plan.perturb(key)
+    return plan
+
+
+def epsilon(shape, index=3, key=KEY):
+    """Standard normals of the noise, as the plans that write W draw them."""
+    return normals(weight_key(key, index), *shape)
+
+
+def dequantized(layer):
+    name = packed_name(layer)
+    return format_of(layer, name).dequantize(layer, getattr(layer, name)).float()
+
+
+def std_of(weight, update):
+    B, A, scaling = update.factors[0]
+    return SIGMA * (weight + scaling * B @ A).norm(dim=1, keepdim=True) / weight.shape[1] ** 0.5
+
+
+def inputs(dtype=torch.float32, shape=(3, 5, FAN_IN)):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+# --- every format ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
+def test_output_and_gradient_are_those_of_a_dense_layer_at_w_plus_epsilon(make):
+    layer = build(make)
+    dtype = layer.bias.dtype
+    weight, update, x = dequantized(layer), lora_update(), inputs(dtype)
+    perturbed(view_of(layer, update=update))
+    y = layer(x)
+    y.square().sum().backward()
+    gradient, x.grad = x.grad, None
+
+    noisy = weight + std_of(weight, update) * epsilon(weight.shape)
+    dense = F.linear(x, noisy.to(dtype), layer.bias)
+    dense.square().sum().backward()
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(y, dense, **close)
+    torch.testing.assert_close(gradient, x.grad, **(close if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.5}))
+
+
+@pytest.mark.parametrize("make", ADDED.values(), ids=ADDED)
+def test_a_layer_that_cannot_be_dequantised_gets_x_epsilon_added(make):
+    layer = build(make)
+    update, x = lora_update(), inputs()
+    with torch.no_grad():
+        weight = (layer(torch.eye(FAN_IN)) - layer.bias).t()
+    clean = layer(x)
+    clean.sum().backward()
+    clean_gradient, x.grad = x.grad, None
+
+    perturbed(view_of(layer, update=update))
+    y = layer(x)
+    y.sum().backward()
+    eps = std_of(weight, update) * epsilon(weight.shape)
+    torch.testing.assert_close(y, clean + x @ eps.t(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y - clean, x @ eps.t(), rtol=2e-2, atol=5e-3)
+    torch.testing.assert_close(x.grad - clean_gradient, eps.sum(0).expand_as(x), rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("make", (FORMATS | ADDED).values(), ids=FORMATS | ADDED)
+def test_switched_off_the_layer_does_what_it_did(make):
+    layer = build(make)
+    x = inputs(layer.bias.dtype)
+    before = layer(x)
+    view = view_of(layer)
+    plan = perturbed(view)
+    assert not torch.equal(layer(x), before)
+    plan.restore()
+    assert torch.equal(layer(x), before)
+    own_forwards([view.weight])
+    assert "forward" not in layer.__dict__
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("make", (FORMATS | ADDED).values(), ids=FORMATS | ADDED)
+def test_every_format_is_known_by_name(make):
+    layer = build(make)
+    assert forward_reason(view_of(layer).weight)
+
+
+def test_plain_weights_need_no_noise_in_the_forward():
+    assert forward_reason(view_of(plain()).weight) is None
+    assert unsupported_reason(view_of(plain()).weight, "filter") is None
+
+
+# --- the same noise as in place -------------------------------------------------------------------------------------------
+
+
+def conv(kind, **options):
+    return getattr(nn, kind)(4, 8, 3, **options).requires_grad_(False)
+
+
+PLAIN = {
+    "linear": (plain, (3, 5, FAN_IN)),
+    "conv1d": (lambda: conv("Conv1d", stride=2, padding=1), (2, 4, 12)),
+    "conv2d": (lambda: conv("Conv2d", padding="same", groups=2), (2, 4, 6, 7)),
+    "conv2d, reflect": (lambda: conv("Conv2d", padding=1, padding_mode="reflect"), (2, 4, 6, 7)),
+    "conv2d, channels_last": (lambda: conv("Conv2d", dilation=2).to(memory_format=torch.channels_last), (2, 4, 6, 7)),
+    "conv2d, one image": (lambda: conv("Conv2d"), (4, 6, 7)),
+    "conv3d": (lambda: conv("Conv3d"), (2, 4, 5, 6, 7)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("noise", ["filter", "layer", "element"])
+def test_an_fp32_weight_gets_the_noise_of_copy_bit_for_bit(make, shape, noise):
+    layer = make()
+    view, x = view_of(layer), inputs(shape=shape)
+    plan = perturbed(view, noise)
+    y = layer(x)
+    y.square().sum().backward()
+    gradient, x.grad = x.grad, None
+    plan.restore()
+
+    with torch.no_grad():  # restore="copy"
+        rows = view.weight.rows(layer.weight)
+        if noise == "element":
+            std = SIGMA * rows.abs()
+        else:
+            sums = rows.square().sum(1, keepdim=True)
+            std = SIGMA * ((sums / rows.shape[1]).sqrt() if noise == "filter" else (sums.sum() / rows.numel()).sqrt())
+        if noise != "element":
+            torch.testing.assert_close(std.expand_as(plan.std_of(view)), plan.std_of(view))
+            std = plan.std_of(view)
+        rows.add_(epsilon(rows.shape) * std)
+    expected = layer(x)
+    expected.square().sum().backward()
+    if noise == "element":  # |w| times sigma, in another order
+        torch.testing.assert_close(y, expected)
+    else:
+        assert torch.equal(y, expected)
+    torch.testing.assert_close(gradient, x.grad)
+
+
+@pytest.mark.parametrize("noise", ["filter", "layer", "element"])
+def test_an_embedding_gets_the_noise_of_its_rows(noise):
+    table = nn.Embedding(ROWS, FAN_IN).requires_grad_(False)
+    tokens = torch.tensor([[3, 0, 31], [3, 7, 1]])
+    plan = perturbed(view_of(table), noise)
+    std = plan.std_of(plan.views[0])
+    std = std * table.weight.abs() if noise == "element" else std
+    expected = F.embedding(tokens, table.weight + epsilon(table.weight.shape) * std)
+    torch.testing.assert_close(table(tokens), expected)
+
+
+def test_a_weight_stored_transposed_gets_the_noise_of_its_rows():
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    layer = layers.Conv1D(ROWS, FAN_IN).requires_grad_(False)
+    update, x = lora_update(), inputs()
+    perturbed(view_of(layer, update=update, layout="columns"))
+    rows = layer.weight.t()
+    expected = F.linear(x, rows + epsilon(rows.shape) * std_of(rows, update), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_isotropic_noise_has_one_std_for_all_weights():
+    layers = [plain(), bitsandbytes_4bit("nf4")]
+    plan = ForwardPlan([view_of(layer, index=i + 1) for i, layer in enumerate(layers)], "isotropic")
+    plan.fill_std(SIGMA)
+    weights = [layers[0].weight, dequantized(layers[1])]
+    rms = torch.cat([w.flatten() for w in weights]).square().mean().sqrt()
+    for view in plan.views:
+        torch.testing.assert_close(plan.std_of(view), (SIGMA * rms).view(1, 1))
+
+
+@pytest.mark.parametrize("make", [Packed, lambda: bitsandbytes_4bit("nf4")], ids=["packed", "nf4"])
+@pytest.mark.parametrize("kind", ["none", "factors", "two", "dense", "row_norm"])
+@pytest.mark.parametrize("batched_on", [{"cuda"}, {"cuda", "cpu"}], ids=["one by one", "together"])
+def test_the_std_follows_the_merged_weight(make, kind, batched_on, monkeypatch):
+    monkeypatch.setattr(forward, "BATCHED_ON", batched_on)
+    layer = make()
+    weight = (layer(torch.eye(FAN_IN)) - layer.bias).t().detach()
+    (one,), (two,) = lora_update().factors, lora_update(rank=2).factors
+    dense = torch.randn(ROWS, FAN_IN)
+    added = {"none": 0, "factors": one[2] * one[0] @ one[1], "dense": dense, "row_norm": 0}
+    added["two"] = added["factors"] + two[2] * two[0] @ two[1]
+    norm = torch.rand(ROWS) if kind == "row_norm" else (weight + added[kind]).norm(dim=1)
+    updates = {
+        "none": WeightUpdate(),
+        "factors": WeightUpdate((one,)),
+        "two": WeightUpdate((one, two)),
+        "dense": WeightUpdate(dense=dense),
+        "row_norm": WeightUpdate(row_norm=norm),
+    }
+    plan = perturbed(view_of(layer, update=updates[kind]))
+    torch.testing.assert_close(plan.std_of(plan.views[0]).flatten(), SIGMA * norm / FAN_IN**0.5, rtol=1e-4, atol=1e-5)
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------------
+
+
+def nf4():
+    return bitsandbytes_4bit("nf4")
+
+
+def test_every_forward_of_a_step_sees_the_same_noise_and_the_next_step_another():
+    layer, x = nf4(), inputs()
+    plan = perturbed(view_of(layer))
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    plan.restore()
+    plan.perturb(KEY)  # after an evaluation amid the step
+    assert torch.equal(layer(x), first)
+    plan.restore()
+    plan.perturb(step_key(0, 6, 0))
+    assert not torch.equal(layer(x), first)
+
+
+def test_an_evaluation_amid_a_step_leaves_its_graph_valid():
+    layer, x = nf4(), inputs()
+    plan = perturbed(view_of(layer))
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    y = layer(x)
+    plan.restore()
+    with torch.no_grad():
+        layer(x)
+    plan.perturb(KEY)
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("change", ["key", "std", "weight"])
+def test_backward_through_a_noise_that_is_gone_raises(change):
+    layer, x = plain(), inputs()
+    plan = perturbed(view_of(layer))
+    y = layer(x)
+    if change == "key":
+        plan.perturb(step_key(0, 6, 0))
+    elif change == "std":
+        plan.fill_std(SIGMA / 2)
+    else:
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_recomputation_sees_the_same_noise(reentrant):
+    layer, x = nf4(), inputs()
+    perturbed(view_of(layer))
+    torch.tanh(layer(x)).square().sum().backward()
+    expected, x.grad = x.grad, None
+    y = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [plain, nf4, lambda: quanto("qint8")], ids=["plain", "nf4", "quanto"])
+def test_nothing_of_the_size_of_the_weight_is_saved_for_backward(make):
+    layer = build(make)
+    view, x = view_of(layer), inputs(shape=(2, FAN_IN))
+    perturbed(view)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    parameter = view.weight.parameter
+    assert all(t is parameter or t.data_ptr() == parameter.data_ptr() or t.numel() <= 2 * ROWS for t in saved)
+
+
+def test_the_bias_and_the_gradient_of_the_gradient():
+    layer = plain(torch.float64)
+    layer.bias.requires_grad_(True)
+    perturbed(view_of(layer))
+    x = inputs(torch.float64, shape=(2, 3, FAN_IN))
+    assert torch.autograd.gradcheck(lambda x, b: layer(x) ** 2, (x, layer.bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x) ** 2, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 4, 6, 7)])
+def test_gradients_of_a_convolution(shape):
+    layer = nn.Sequential(conv("Conv1d" if len(shape) == 3 else "Conv2d", padding=1).double())[0]
+    layer.bias.requires_grad_(True)
+    perturbed(view_of(layer))
+    x = inputs(torch.float64, shape=shape)
+    assert torch.autograd.gradcheck(lambda x, b: layer(x) ** 2, (x, layer.bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+def test_autocast_computes_in_the_type_the_layer_itself_would(make):
+    layer, x = make(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = layer(x)
+        perturbed(view_of(layer))
+        noisy = layer(x)
+    assert noisy.dtype == clean.dtype
+    noisy.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+# --- whoever handles the layer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_no_noise(make, copied):
+    net, x = nn.Sequential(make()), inputs()
+    clean = net(x)
+    plan = perturbed(view_of(net[0]))
+    twin = copied(net)
+    assert torch.equal(twin(x), clean)
+    assert not torch.equal(net(x), clean)
+    plan.restore()
+    assert torch.equal(copied(twin)(x), clean)
+
+
+@pytest.mark.parametrize("make", [plain, nf4], ids=["plain", "nf4"])
+def test_state_dict_and_parameters_keep_every_bit(make):
+    net = nn.Sequential(make())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    perturbed(view_of(net[0]))
+    net(inputs()).sum().backward()
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if tensor.dim())
+
+
+def test_accelerates_hooks_go_on_around_the_noise():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubled(hooks.ModelHook):
+        def pre_forward(self, module, x):
+            return (2 * x,), {}
+
+    layer, x = plain(), inputs()
+    hooks.add_hook_to_module(layer, Doubled())
+    view = view_of(layer)
+    plan = perturbed(view)
+    y = layer(x)
+    expected = F.linear(2 * x, layer.weight + epsilon(layer.weight.shape) * plan.std_of(view), layer.bias)
+    torch.testing.assert_close(y, expected)
+    own_forwards([view.weight])
+    assert torch.equal(layer(x), F.linear(2 * x, layer.weight, layer.bias))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_new_plan_takes_the_layer_over():
+    layer, x = plain(), inputs()
+    first = perturbed(view_of(layer))
+    first.restore()
+    view = view_of(layer, index=4)
+    plan = perturbed(view)
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias)
+    )
+    own_forwards([view.weight])
+    assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize("make", [plain, nf4, lambda: torchao("Int8WeightOnlyConfig")], ids=["plain", "nf4", "torchao"])
+def test_compiled_without_a_break_once_for_all_steps(make):
+    layer = build(make)
+    net = nn.Sequential(layer, nn.Tanh())
+    compilations, x = [], inputs(layer.bias.dtype)
+
+    def backend(graph, example):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        compilations.append(graph)
+        return aot_eager(graph, example)
+
+    plan = perturbed(view_of(layer))
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    for step in range(4):
+        plan.restore()
+        plan.fill_std(0.1 + 0.01 * step)
+        plan.perturb(step_key(0, step, 0))
+        y = compiled(x)
+        y.float().square().sum().backward()
+        gradient, x.grad = x.grad, None
+        expected = net(x)
+        expected.float().square().sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradient, x.grad)
+        x.grad = None
+    assert len(compilations) == 1
+    plan.restore()
+    assert torch.equal(compiled(x), net(x))
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.B, self.A = layer, nn.Parameter(torch.randn(ROWS, 4)), nn.Parameter(torch.randn(4, FAN_IN))
+
+    def low_rank_base(self):
+        return self.layer.weight
+
+    def low_rank_delta(self):
+        return self.B, self.A, 0.5
+
+    def forward(self, x):
+        return self.layer(x) + 0.5 * x @ self.A.t() @ self.B.t()
+
+
+@pytest.mark.parametrize("noise", ["filter", "layer", "isotropic", "element"])
+def test_a_run_with_noise_in_the_forward_is_the_run_with_a_copy(noise):
+    runs = []
+    for restore in ("copy", "forward"):
+        torch.manual_seed(0)
+        net = nn.Sequential(Adapted(plain()), nn.Tanh())
+        bare = torch.optim.AdamW([net[0].A, net[0].B], lr=1e-2)
+        optimizer = FlatPerturbOptimizer(bare, net, sigma=0.3, schedule="constant", noise=noise, restore=restore)
+        for _ in range(4):
+            net(torch.randn(8, FAN_IN)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([net[0].A.detach().clone(), net[0].B.detach().clone()])
+        optimizer.detach()
+        assert "forward" not in net[0].layer.__dict__
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
+def test_every_format_trains_under_the_optimizer(make):
+    layer = build(make)
+    if packed_name(layer) != "weight":
+        pytest.skip("PEFT's own layers hold it")
+    net, x = nn.Sequential(Adapted(layer)).to(layer.bias.dtype), torch.randn(8, FAN_IN, dtype=layer.bias.dtype)
+    bare = torch.optim.SGD([net[0].A, net[0].B], lr=1e-3)
+    with FlatPerturbOptimizer(bare, net, sigma=0.3, schedule="constant") as optimizer:
+        clean = net.eval()(x)
+        outputs = []
+        for _ in range(2):
+            outputs.append(net.train()(x))
+            outputs[-1].float().sum().backward()
+            assert torch.equal(net.eval()(x), clean)
+            assert torch.equal(net.train()(x), outputs[-1])
+            net[0].A.grad = net[0].B.grad = None  # the noise alone is to change
+            optimizer.step()
+        assert not torch.equal(outputs[0], clean)
+        assert not torch.equal(outputs[0], outputs[1])
+
+
+# --- refused by name ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_the_same_noise_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
+
+    assert "Scaled.forward" in unsupported_reason(view_of(Scaled(8, 4)).weight, "filter")
+    assert "element" in unsupported_reason(view_of(Packed()).weight, "element")
+    with pytest.raises(ValueError, match=r"layer cannot get noise in the forward: .*reversible"):
+        ForwardPlan([view_of(Scaled(8, 4))], "filter")
+
+
+def test_dora_with_dropout_is_refused():
+    peft = pytest.importorskip("peft")
+    for dropout, refused in ((0.0, False), (0.1, True)):
+        config = peft.LoraConfig(target_modules=["0"], use_dora=True, lora_dropout=dropout)
+        layer = peft.get_peft_model(nn.Sequential(plain()), config).base_model.model[0]
+        weight = AdaptedWeight(layer.base_layer, "weight", "layer", layer, None)
+        assert (unsupported_reason(weight, "filter") is not None) == refused

@@ -1,0 +1,189 @@
+"""QLoRA as transformers and PEFT do it, against a dense model whose weights are dequant(W) + ε."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flatopt import FlatPerturbOptimizer
+from flatopt.adapters.quantized import format_of
+from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
+from flatopt.ops.noise import normals, step_key, weight_key
+from flatopt.perturbation import forward
+from flatopt.perturbation.forward import ForwardPlan, own_forwards
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
+
+KEY = step_key(0, 0, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def qlora(folder, **quantization):
+    config = transformers.BitsAndBytesConfig(**quantization)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+    return peft.get_peft_model(model, config).train()
+
+
+def lora_layers(model):
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+
+
+def views_of(model):
+    views = []
+    for number, layer in enumerate(lora_layers(model), 1):
+        factors = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach(), layer.scaling["default"]
+        weight = AdaptedWeight(layer.base_layer, "weight", f"layer {number}", layer, None)
+        views.append(WeightView(weight, number, update=WeightUpdate((factors,))))
+    return views
+
+
+def dense_at_noise(model, plan, key=KEY):
+    """A copy of ``model`` with plain layers of dequant(W) + ε."""
+    dense = copy.deepcopy(model)
+    for view, twin in zip(plan.views, lora_layers(dense)):
+        owner = view.weight.owner
+        weight = format_of(owner, "weight").dequantize(owner, owner.weight).float()
+        linear = nn.Linear(weight.shape[1], len(weight), bias=False)
+        linear.weight = nn.Parameter(
+            weight + plan.std_of(view) * normals(weight_key(key, view.index), *weight.shape), requires_grad=False
+        )
+        twin.base_layer = linear
+    return dense
+
+
+def loss_and_gradients(model, tokens):
+    model.zero_grad()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+QUANTIZATIONS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4, double quantised": {
+        **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
+@pytest.mark.parametrize("batched_on", [{"cuda"}, {"cuda", "cpu"}], ids=["one by one", "together"])
+def test_loss_and_adapter_gradients_are_the_dense_models(folder, quantization, batched_on, monkeypatch):
+    monkeypatch.setattr(forward, "BATCHED_ON", batched_on)
+    model, tokens = qlora(folder, **quantization), torch.randint(64, (2, 16))
+    plan = ForwardPlan(views_of(model), "filter")
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    loss, gradients = loss_and_gradients(model, tokens)
+    expected_loss, expected = loss_and_gradients(dense_at_noise(model, plan), tokens)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+
+    plan.restore()
+    clean, _ = loss_and_gradients(model, tokens)
+    assert (clean - loss).abs() > 1e-4
+    own_forwards(view.weight for view in plan.views)
+    assert torch.equal(loss_and_gradients(model, tokens)[0], clean)
+
+
+def test_the_optimizer_puts_noise_into_the_forward_of_quantised_layers_by_itself(folder):
+    model, tokens = qlora(folder, **QUANTIZATIONS["nf4"]), torch.randint(64, (2, 16))
+    packed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    bare = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = FlatPerturbOptimizer(bare, model, sigma=0.2, schedule="constant", seed=3)
+    with torch.no_grad():
+        clean = model.eval()(input_ids=tokens, labels=tokens).loss
+    model.train()
+    for step in range(3):
+        loss, gradients = loss_and_gradients(model, tokens)
+        assert optimizer.is_perturbed
+        twin = copy.deepcopy(model)
+        plan = ForwardPlan(views_of(twin), "filter")
+        plan.fill_std(0.2)
+        dense = dense_at_noise(twin, plan, step_key(3, step, 0))
+        expected_loss, expected = loss_and_gradients(dense, tokens)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        for name in gradients:
+            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-6)
+        again, _ = loss_and_gradients(model, tokens)  # the next micro-batch
+        assert torch.equal(again, loss)
+        with torch.no_grad():  # an evaluation amid the step
+            model.eval()(input_ids=tokens)
+            model.train()
+        again, _ = loss_and_gradients(model, tokens)
+        assert torch.equal(again, loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(input_ids=tokens, labels=tokens).loss, clean)  # trained, that is
+    assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
+    optimizer.detach()
+    assert not any("forward" in layer.base_layer.__dict__ for layer in lora_layers(model))
+
+
+def test_quantised_and_plain_layers_in_one_model(folder):
+    model, tokens = (
+        qlora(folder, llm_int8_skip_modules=["gate_proj", "up_proj", "down_proj"], **QUANTIZATIONS["nf4"]),
+        torch.randint(64, (2, 16)),
+    )
+    kinds = {type(layer.base_layer.weight).__name__ for layer in lora_layers(model)}
+    assert kinds == {"Params4bit", "Parameter"}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    bare = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with FlatPerturbOptimizer(bare, model, sigma=0.2, schedule="constant") as optimizer:
+        loss_and_gradients(model, tokens)
+        moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
+        assert moved == {n for n in before if ".mlp." in n}
+        optimizer.step()
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+        optimizer.perturb_groups[0]["noise"] = "isotropic"
+        with pytest.raises(ValueError, match="groups of their own"):
+            loss_and_gradients(model, tokens)
+        assert not optimizer.is_perturbed
+
+
+def test_int8_trains_with_the_noise_added(folder):
+    model, tokens = qlora(folder, load_in_8bit=True), torch.randint(64, (2, 16))
+    plan = ForwardPlan(views_of(model), "filter")
+    _, clean_gradients = loss_and_gradients(model, tokens)
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    loss, gradients = loss_and_gradients(model, tokens)
+    expected, expected_gradients = loss_and_gradients(dense_at_noise(model, plan), tokens)
+    # the dense layers do not round their inputs to 8 bits
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
+    for name, gradient in gradients.items():
+        off = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
+        assert off < 0.5 * (clean_gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
+
+
+def test_merging_into_four_bits_merges_no_noise(folder):
+    model = qlora(folder, **QUANTIZATIONS["nf4"])
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    plan = ForwardPlan(views_of(model), "filter")
+    plan.fill_std(0.2)
+    plan.perturb(KEY)
+    plan.restore()
+    merged = model.merge_and_unload()
+    own_forwards(view.weight for view in plan.views)
+    state = merged.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

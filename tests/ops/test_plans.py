@@ -251,10 +251,16 @@ def test_one_changed_bit_is_noticed(device, dtype, shape):
         plans.perturb(OTHER_KEY if row else KEY)
         plans.restore()
         plans.perturb(KEY)
-    for exchanged in (lambda t: t[[1, 0, *range(2, len(t))]], lambda t: t[:, [2, 1, 0, *range(3, t.shape[1])]]):
-        views[1].tensor.copy_(exchanged(views[1].tensor.clone()))
+    changes = {
+        "two rows": lambda t: t[[1, 0, *range(2, len(t))]],
+        "two columns": lambda t: t[:, [2, 1, 0, *range(3, t.shape[1])]],
+        "all exponents": lambda t: 2 * t,
+        "all signs": lambda t: -t,
+    }
+    for name, change in changes.items():
+        views[1].tensor.copy_(change(views[1].tensor.clone()))
         plans.restore()
-        assert plans.written() == [views[1]]
+        assert plans.written() == [views[1]], name
         plans.perturb(KEY)
 
 

@@ -366,7 +366,7 @@ def _add_up(total, word, DTYPE: tl.constexpr, HALVINGS: tl.constexpr):
         even, odd = _halves(word)
         first, third = _halves(even)
         second, fourth = _halves(odd)
-        total = _plus(_plus(total, first, False, DTYPE), second, True, DTYPE)
+        total = _plus(_plus(total, first, False, DTYPE), second, False, DTYPE)
         return _plus(_plus(total, third, False, DTYPE), fourth, True, DTYPE)
 
 

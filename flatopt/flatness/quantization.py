@@ -47,10 +47,10 @@ class QuantizationTest(NamedTuple):
 def quantization_test(
     model: nn.Module,
     loss_fn: ScoreFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     formats: "Sequence[str] | Mapping[str, Rounding]" = FORMATS,
-    targets=None,
+    targets: Any = None,
 ) -> QuantizationTest:
     r"""Loss and accuracy with the *merged* weights W' = W + sBA rounded to few bits and back, against full precision.
 
@@ -74,7 +74,7 @@ def quantization_test(
         found.rounded["nf4/64"].loss - found.full.loss
     """
     roundings = dict(formats) if isinstance(formats, Mapping) else {name: rounding(name) for name in formats}
-    accuracies: "list[float]" = []
+    accuracies: list[float] = []
 
     def loss_alone(model: nn.Module, batch: Any) -> Tensor:
         result = loss_fn(model, batch)

@@ -60,8 +60,8 @@ def quantization_test(
 
     Args:
         model, batches, targets: see :mod:`flatopt.flatness`.
-        loss_fn: ``loss_fn(model, batch)`` returns the batch's mean loss as a scalar tensor, or a pair of that and the batch's
-            accuracy.
+        loss_fn: ``loss_fn(model, batch)`` returns the batch's mean loss as a scalar tensor, or a pair of that and the
+            batch's accuracy.
         formats: names as :func:`rounding` reads them; or a dict from names of your own to functions that take the weight as
             ``(rows, fan_in)`` in float32 and return it rounded, in the same shape: another library's quantiser and back.
 

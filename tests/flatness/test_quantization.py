@@ -1,4 +1,4 @@
-"""quantization_test: its roundings against their formulas and other libraries' quantisers, and no trace left on the model."""
+"""quantization_test: its roundings against formulas and other libraries' quantisers, and no trace left on the model."""
 
 import copy
 

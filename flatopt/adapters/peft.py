@@ -102,7 +102,7 @@ class Peft(Singleton):
         if not isinstance(getattr(base, name, None), Tensor):
             raise ValueError(
                 f"{path} has no base weight {name!r}: its {type(base).__name__} is packed in a way that flatopt does not "
-                "know. Load the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+                f"know. Load the base model unquantised. {WAY_OUT}"
             )
         wrapper = hasattr(layer, "parameter_name")
         experts = wrapper and getattr(base, name).dim() == 3

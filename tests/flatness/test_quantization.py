@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import batch, bits, lora_mlp
+from helpers import batch, bits, lora_mlp
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -17,18 +17,21 @@ class Fault(Exception):
 
 
 class RaiseAt(TorchDispatchMode):
-    """Raises at the ``k``-th operation from now, before it runs or after it ran."""
+    """Raises at the ``k``-th operation from now, before it runs; or after it ran, of those that write to a tensor.
+
+    After one that writes to none memory is as it is before the next.
+    """
 
     def __init__(self, k, when, error=Fault):
         super().__init__()
         self.left, self.when, self.error = k, when, error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.left -= 1
+        self.left -= self.when == "before" or func._schema.is_mutable
         if self.left == 0 and self.when == "before":
             raise self.error
         result = func(*args, **(kwargs or {}))
-        if self.left == 0 and self.when == "after":
+        if self.left == 0 and self.when == "after" and func._schema.is_mutable:
             raise self.error
         return result
 
@@ -114,7 +117,7 @@ MOVES = {  # what is done before, and the move at whose operations an exception 
 
 
 def faults(run, move, make, stride=1):
-    """Makes ``move`` with an exception at its first operation, its second, and so on until none comes; yields their numbers."""
+    """Makes ``move`` with an exception at operation 1, 2 and so on, until none comes; yields their numbers."""
     before, act = MOVES[move]
     for k in range(1, 10_000, stride):
         for each in before:
@@ -139,7 +142,7 @@ def test_an_exception_at_any_operation(restore, move, when):
     for k in faults(run, move, lambda k: RaiseAt(k, when)):
         run.check_after_a_fault(k)
         count += 1
-    assert count > (0 if restore == "forward" else 20)
+    assert restore == "forward" or count > 3
 
 
 @pytest.mark.parametrize("noise", ["layer", "isotropic", "element"])

@@ -128,28 +128,29 @@ class PerturbedWeights:
             try:
                 for each in self._plans:
                     each.perturb(self._key)
+                self._follow()
+                moved += self._written(wait=False)
+                for view, kept in self._kept_versions:
+                    # what was written to in between is not what a graph saved: there backward must raise
+                    if view not in moved:
+                        kept.__exit__(None, None, None)
             except BaseException:
                 self._take_back()
                 raise
-            moved += self._written(wait=False)
-            for view, kept in self._kept_versions:
-                # what was written to in between is not what a graph saved: there backward must raise
-                if view not in moved:
-                    kept.__exit__(None, None, None)
             self._kept_versions = []
             self._note_versions()
-            self._follow()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
         written_to = bool(self._written_to())
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
+            found = self._written(wait=written_to)
         except BaseException:
             self._take_back()
             raise
-        lost += [view for view in self._written(wait=written_to) if view not in lost]
-        self._follow()
+        lost += [view for view in found if view not in lost]
 
     def _written(self, wait: bool) -> "list[WeightView]":
         return [view for look in self._looks for each in look.plans for view in each.written(wait)]
@@ -159,6 +160,7 @@ class PerturbedWeights:
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
         except BaseException:
             return  # the failure that is being handled is the one to tell
         self._end()

@@ -365,15 +365,9 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
     return A, B, attributes["scaling"][name], magnitude
 
 
-_factored: dict[type, bool] = {}
-
-
 def _in_factors(variant: Any) -> bool:
     """Whether a way to apply LoRA adds its two factors' product."""
-    known = _factored.get(type(variant))
-    if known is None:
-        known = _factored[type(variant)] = variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
-    return known
+    return variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
 
 
 def _memory(parameter: Tensor | None) -> Any:

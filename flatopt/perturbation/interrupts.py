@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 # those whose handlers, where a program sets any in Python, tend to raise
@@ -21,12 +21,22 @@ def uninterrupted() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in _WAIT}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     waiting: list[tuple[int, FrameType | None]] = []
+    waits = True
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if waits:
+            waiting.append((number, frame))
+        else:  # not taken off yet
+            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator]
+
     try:
         for number in handlers:
-            signal.signal(number, lambda *received: waiting.append(received))
+            signal.signal(number, receive)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in waiting:
-            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator]
+        waits = False
+        with ExitStack() as after:  # each is run, whichever of them raises
+            for number, frame in reversed(waiting):
+                after.callback(handlers[signal.Signals(number)], number, frame)  # type: ignore[arg-type]
+            for number, handler in handlers.items():
+                after.callback(signal.signal, number, handler)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Mlp, lora_mlp
+from helpers import Mlp, lora_mlp
 from torch import nn
 
 from flatopt.adapters.custom import CUSTOM, register_low_rank

@@ -12,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn

@@ -190,6 +190,7 @@ def test_perturbed_bits_are_what_they_always_were(dtype, noise, mode):
     assert hashes(dtype, noise, mode) == json.loads(FILE.read_text())[PATH][f"{dtype}, {noise}, {mode}"]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_the_same_by_the_kernels_in_tritons_interpreter():
     pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")

@@ -2,9 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 # those whose handlers, where a program sets any in Python, tend to raise
 _WAIT = [
@@ -35,8 +37,14 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         waits = False
-        with ExitStack() as after:  # each is run, whichever of them raises
-            for number, frame in reversed(waiting):
-                after.callback(handlers[signal.Signals(number)], number, frame)  # type: ignore[arg-type]
-            for number, handler in handlers.items():
-                after.callback(signal.signal, number, handler)
+        put_back = [partial(signal.signal, number, handler) for number, handler in handlers.items()]
+        _run([*put_back, *(partial(receive, number, frame) for number, frame in waiting)])
+
+
+def _run(calls: list[Callable[[], Any]]) -> None:
+    """Each of them, whichever raises."""
+    if calls:
+        try:
+            calls[0]()
+        finally:
+            _run(calls[1:])

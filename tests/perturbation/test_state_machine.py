@@ -50,7 +50,7 @@ class Training(RuleBasedStateMachine):
     def start(self, seed):
         torch.manual_seed(seed)
         self.before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.model = lora_mlp(width=8)
+        self.model = lora_mlp()
         self.merged, self.loss, self.saved = False, None, None
         self.x = batch(rows=2)[0]
         inner = torch.optim.AdamW(trainable(self.model), lr=0.01)
@@ -114,7 +114,7 @@ class Training(RuleBasedStateMachine):
     @rule()
     def train_forward_of_a_part(self):
         self.model.train()
-        self.forward(True, lambda: self.model.base_model.model.second(torch.ones(2, 8)))
+        self.forward(True, lambda: self.model.base_model.model.second(torch.ones(2, 32)))
 
     @rule()
     def no_grad_forward(self):
@@ -210,7 +210,6 @@ class Training(RuleBasedStateMachine):
     @trains
     @rule()
     def merge(self):
-        self.optimizer_is_amid = self.optimizer.is_perturbed
         expected = [
             clean + getattr(self.model.base_model.model, name).get_delta_weight("default").detach()
             for name, clean in zip(LAYERS, self.clean)

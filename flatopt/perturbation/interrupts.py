@@ -29,4 +29,4 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, frame in waiting:
-            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator]
+            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]

@@ -1,4 +1,4 @@
-"""Offline, on the CPU, and each test with accelerate's states of its own; where the extra is installed that has all trainers."""
+"""Offline, on the CPU, and each test with accelerate's states of its own; with all trainers' libraries where they are."""
 
 import importlib.util
 import os

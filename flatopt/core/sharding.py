@@ -26,7 +26,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
     """Whether each row of ``weight`` is on one rank whole, so that its norm needs no other rank."""
-    return not is_sharded(weight) or all(p.is_replicate() or (p.is_shard() and p.dim in row_dims) for p in weight.placements)
+    return not is_sharded(weight) or all(
+        p.is_replicate() or (p.is_shard() and getattr(p, "dim", None) in row_dims) for p in weight.placements
+    )
 
 
 def first_row(weight: Tensor, layout: str) -> int:
@@ -55,7 +57,7 @@ def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
         return update
     from torch.distributed.tensor import DTensor, Replicate
 
-    def rows(tensor: "Tensor | None") -> "Tensor | None":
+    def rows(tensor: Any) -> Any:
         if tensor is None:
             return None
         if not is_sharded(tensor):

@@ -44,7 +44,7 @@ def running_statistics_kept() -> Iterator[None]:
             handle.remove()
         handles["before"] = register_module_forward_pre_hook(take_down)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def take_down(root: nn.Module, args: object) -> None:
         # only for the outermost call: a global hook seen while torch.compile traces the rest would break its graph
         handles["before"].remove()

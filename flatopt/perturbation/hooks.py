@@ -22,7 +22,7 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 
 
 class Doors:
-    """What the hooks of one optimizer share. ``perturb`` opens a step; it is reached weakly, so that hooks keep no optimizer."""
+    """What the hooks of one optimizer share. ``perturb`` opens a step; reached weakly: hooks keep no optimizer."""
 
     def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
         self.weights: PerturbedWeights | None = weights
@@ -59,7 +59,7 @@ class Doors:
             weights.suspend()
 
     def clean_inside(self, module: nn.Module) -> None:
-        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
+        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
         weights = self.weights
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
@@ -152,8 +152,9 @@ class Doors:
             self._first_pass = {}
             if again and since > 1:
                 raise RuntimeError(
-                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now it "
-                    "is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes must see "
+                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
+                    "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
+                    "must see "
                     "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
                     "clean, run it in eval mode"
                 )

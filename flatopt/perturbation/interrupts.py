@@ -29,7 +29,7 @@ def uninterrupted() -> Iterator[None]:
         if waits:
             waiting.append((number, frame))
         else:  # not taken off yet
-            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator]
+            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
 
     try:
         for number in handlers:

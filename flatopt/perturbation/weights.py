@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
@@ -107,8 +108,8 @@ class PerturbedWeights:
             self._reshard()
             lost = self._replaced()
             if not lost:
-                exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
-                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
+                exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
+                self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
             self._bits_back(lost)
             if lost:
                 self._end()
@@ -182,7 +183,8 @@ class PerturbedWeights:
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
             self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
         plans: list[Plan] = []
-        first, seen = 1, set()  # a weight's number is its place in the groups, tied and unperturbed ones counted
+        seen: set[int] = set()
+        first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
         try:
             for look, group, sigma in zip(self._looks, self.groups, request.sigmas):
                 weights = group["targets"]
@@ -314,7 +316,7 @@ class GroupLook:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
         tensors = [local(p.detach()) for p in parameters]
         # in columns: a list a property costs a third of a tuple a weight
-        seen = [
+        seen: list[Any] = [
             identities,
             [t.data_ptr() for t in tensors],
             [t.dtype for t in tensors],
@@ -353,8 +355,8 @@ class GroupLook:
         in_place = [view for view in self.views if restore != "forward" and view.tensor is not None]
         if noise == "isotropic" and inside and in_place:
             raise ValueError(
-                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others are "
-                "not. Put them into groups of their own, or use restore='forward' for all"
+                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                "are not. Put them into groups of their own, or use restore='forward' for all"
             )
         kept = [view for view in in_place if not view.weight.rebuilt]
         rebuilt = [view for view in in_place if view.weight.rebuilt]
@@ -433,9 +435,9 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def _refuse_written(lost: "Sequence[WeightView]") -> None:
     if lost:
         raise RuntimeError(
-            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
-            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
-            "say), call optimizer.restore()"
+            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
+            "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
+            "EMA, say), call optimizer.restore()"
         )
 
 
@@ -464,7 +466,7 @@ def _overlap(
 
 
 def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
-    """Raise where two targets are views that share some of their memory: noise taken off one would be taken off the other."""
+    """Raise where two targets are views that share some memory: noise taken off one would be taken off the other."""
     extents = sorted(((*extent, i) for i, weight in enumerate(weights) if (extent := _extent(weight))), key=lambda e: e[:2])
     for (start, end, i), (start2, end2, j) in itertools.pairwise(extents):
         if start2 < end and (start, end) != (start2, end2) and _shares_elements(weights[i], weights[j]):

@@ -244,8 +244,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._warn_past_the_end()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
-        self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
-        self._drawn, self._parts = True, set()
+        try:
+            self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
+        finally:
+            if self.is_perturbed:  # also where an interrupt waited until W was perturbed
+                self._drawn, self._parts = True, set()
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.

@@ -31,6 +31,7 @@ class Doors:
             weakref.WeakKeyDictionary()
         )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
+        self.by_owner = False  # the step was opened by a training forward that no root encloses
         self._strangers: Any = None
         self._memory: set[int] | None = None
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
@@ -224,6 +225,7 @@ class BeforeRoot(_Hook):
             return
         doors.trains[module] = trains
         if trains:
+            doors.by_owner = False
             doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
@@ -253,7 +255,8 @@ class BeforeOwner(_Hook):
         doors = self.doors
         if doors is None or doors.weights is None:
             return
-        if (torch.is_grad_enabled() and module.training) is (doors.weights.state == PERTURBED):
+        trains = torch.is_grad_enabled() and module.training
+        if trains is (doors.weights.state == PERTURBED) and not (trains and doors.by_owner):
             return
         self.decide(module, doors)
 
@@ -267,6 +270,7 @@ class BeforeOwner(_Hook):
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
         if trains and around is None:
+            doors.by_owner = True  # so every further owner's output is listened to: backward starts at the last one
             handles: list[Any] = []
 
             def after(module: nn.Module, args: Any, output: Any) -> None:

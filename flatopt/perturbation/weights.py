@@ -129,28 +129,29 @@ class PerturbedWeights:
             try:
                 for each in self._plans:
                     each.perturb(self._key)
+                self._follow()
+                moved += self._written(wait=False)
+                for view, kept in self._kept_versions:
+                    # what was written to in between is not what a graph saved: there backward must raise
+                    if view not in moved:
+                        kept.__exit__(None, None, None)
             except BaseException:
                 self._take_back()
                 raise
-            moved += self._written(wait=False)
-            for view, kept in self._kept_versions:
-                # what was written to in between is not what a graph saved: there backward must raise
-                if view not in moved:
-                    kept.__exit__(None, None, None)
             self._kept_versions = []
             self._note_versions()
-            self._follow()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
         written_to = bool(self._written_to())
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
+            found = self._written(wait=written_to)
         except BaseException:
             self._take_back()
             raise
-        lost += [view for view in self._written(wait=written_to) if view not in lost]
-        self._follow()
+        lost += [view for view in found if view not in lost]
 
     def _written(self, wait: bool) -> "list[WeightView]":
         return [view for look in self._looks for each in look.plans for view in each.written(wait)]
@@ -160,6 +161,7 @@ class PerturbedWeights:
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
         except BaseException:
             return  # the failure that is being handled is the one to tell
         self._end()
@@ -325,10 +327,11 @@ class GroupLook:
             [t._version for t in tensors],
         ]
         if seen != self._seen:
-            rows, known = list(zip(*seen)), list(zip(*self._seen)) or [()] * len(weights)
-            for i, (now, then) in enumerate(zip(rows, known)):
-                if now != then:
-                    if then and now[0] == then[0]:
+            rows: list[Any] = list(zip(*seen))
+            known: list[Any] = list(zip(*self._seen)) or [()] * len(weights)
+            for i, (row, before) in enumerate(zip(rows, known)):
+                if row != before:
+                    if before and row[0] == before[0]:
                         check(weights[i], in_forward=True)
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))

@@ -1,4 +1,4 @@
-"""Offline, on the CPU, and each test with accelerate's states of its own; with all trainers' libraries where they are."""
+"""Offline, on the CPU, each test with accelerate's states of its own; skipped where the trainers are not installed."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Perturb and restore by themselves, on the shapes of three models: time of the GPU, of the host until the call returns, memory.
+"""Perturb and restore by themselves, on the shapes of three models: time of GPU and host, memory.
 
 ``python -m benchmarks.toggle [label] [model ...]`` prints a JSON line a model. To compare two states of the code in one run,
 call it in turns with PYTHONPATH on each.

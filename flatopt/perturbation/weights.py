@@ -327,10 +327,11 @@ class GroupLook:
             [t._version for t in tensors],
         ]
         if seen != self._seen:
-            rows, known = list(zip(*seen)), list(zip(*self._seen)) or [()] * len(weights)
-            for i, (now, then) in enumerate(zip(rows, known)):
-                if now != then:
-                    if then and now[0] == then[0]:
+            rows: list[Any] = list(zip(*seen))
+            known: list[Any] = list(zip(*self._seen)) or [()] * len(weights)
+            for i, (row, before) in enumerate(zip(rows, known)):
+                if row != before:
+                    if before and row[0] == before[0]:
                         check(weights[i], in_forward=True)
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))

@@ -98,7 +98,12 @@ def test_loads_without_flatopt(run, amid, tmp_path):
     torch.save((model, before, x, expected), tmp_path / "model.pt")
     script = tmp_path / "loads.py"
     script.write_text(LOADS)
-    done = subprocess.run([sys.executable, script, tmp_path / "model.pt"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "model.pt"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == 0, done.stderr
 
 

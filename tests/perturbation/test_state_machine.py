@@ -1,4 +1,4 @@
-"""Any sequence of what may happen to a model in training: no bit of W is ever lost, and everyone sees the W that is theirs."""
+"""Sequences of what may happen to a model in training: no bit of W is lost, and everyone sees the W that is theirs."""
 
 import copy
 import pickle

@@ -125,7 +125,9 @@ def methods_of_peft():
     from peft.tuners.lora import layer as layers
 
     classes = [PeftModel, LoraModel, LoraLayer, layers.Linear, *LoraModel.__mro__, *layers.Linear.__mro__]
-    return {(cls, name): value for cls in classes if cls is not object for name, value in vars(cls).items() if callable(value)}
+    return {
+        (cls, name): value for cls in classes if cls is not object for name, value in vars(cls).items() if callable(value)
+    }
 
 
 @pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])

@@ -10,7 +10,7 @@ from torch import nn
 from flatopt import FlatPerturbOptimizer, register_low_rank
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 IMAGES = Path(__file__).parent / "images"
 GREY, BLUE, ORANGE = "#7a7a7a", "#0b62a4", "#d9730d"
@@ -101,7 +101,9 @@ def noise(sigma: float = 0.05) -> None:
             model = Frozen(torch.randn(256, 4096, generator=torch.Generator().manual_seed(0)).to(dtype))
             before = model.weight.clone()
             parameters = [model.down, model.up]
-            optimizer = FlatPerturbOptimizer(torch.optim.SGD(parameters, lr=1.0), model, sigma=sigma, schedule="constant", restore=restore)
+            optimizer = FlatPerturbOptimizer(
+                torch.optim.SGD(parameters, lr=1.0), model, sigma=sigma, schedule="constant", restore=restore
+            )
             optimizer.perturb()
             added = (model.weight.double() - before.double()).flatten() / sigma
             optimizer.restore()

@@ -1,8 +1,11 @@
-"""mkdocs hook: the benchmarks' results, which the pages link to as files of the repository, become part of the site."""
+"""mkdocs hooks: the benchmarks' results, which the pages link to as files of the repository, become part of the site; and
+formulas become MathML, which browsers draw by themselves."""
 
+import html
 import re
 from pathlib import Path
 
+import latex2mathml.converter
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -26,3 +29,11 @@ def on_page_markdown(markdown, page, config, files):
         lambda found: f"]({up}{re.sub('[.]md$', '.md.txt', found[1])})",
         markdown,
     )
+
+
+def on_page_content(content, page, config, files):
+    def formula(found):
+        latex = re.sub(r"\\(mathbb|mathcal|mathrm) (\w)", r"\\\1{\2}", html.unescape(found[2]).strip())
+        return latex2mathml.converter.convert(latex, display="block" if found[1] == "div" else "inline")
+
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)

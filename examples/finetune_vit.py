@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--pretrained", action="store_true", help="start from the model's weights on huggingface.co")
     parser.add_argument("--data", choices=("cifar10", "cifar100"), default="cifar100")
     parser.add_argument("--sigma", type=float, help="strength of the noise (default: what was chosen for the model)")
-    parser.add_argument("--seeds", type=int, default=8, help="paired runs (8)")
+    parser.add_argument("--seeds", type=int, default=6, help="paired runs (6)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("finetune_vit.png"), help="the picture (finetune_vit.png)")
     parser.add_argument("--tiny", action="store_true", help="two steps, 50 test images: only to see that it runs")

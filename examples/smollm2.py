@@ -53,7 +53,9 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 @torch.no_grad()
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test: "list[dict[str, str]]", size: int) -> float:
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test: "list[dict[str, str]]", size: int
+) -> float:
     """The share, in %, of problems that greedy decoding answers to the letter."""
     model.eval()
     right, side, tokenizer.padding_side = 0, tokenizer.padding_side, "left"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable  # noqa: F401  tests still import them from here
 
 
 @pytest.fixture(autouse=True)

@@ -184,7 +184,7 @@ def flat(trainer, optimizer, gradient, config, seed):
 
 
 def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator) -> Tensor:
-    """Uniform over one rounding step of a symmetric format: by group of ``group`` inputs, step = max|W'| / (2^(bits-1) - 1)."""
+    """Uniform over one rounding step of a symmetric format, max|W'| / (2^(bits-1) - 1) in each group of ``group`` inputs."""
     rows, fan_in = merged.shape
     filled = nn.functional.pad(merged, (0, -fan_in % group)).view(rows, -1, group)
     width = filled.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -240,7 +240,7 @@ def bilora(trainer, optimizer, gradient, config, seed):
                 B.add_(up_B, alpha=lr)
                 A.add_(up_A, alpha=lr)
             length = torch.stack([(scaling * (B @ A)).square().sum() for B, A in pairs]).sum().sqrt()
-            shrink = (config["strength"] / length).clamp(max=1).sqrt()
+            shrink = (config["strength"] / length.clamp(min=1e-12)).clamp(max=1).sqrt()
             for B, A in pairs:
                 B.mul_(shrink)
                 A.mul_(shrink)

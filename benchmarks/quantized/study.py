@@ -36,19 +36,24 @@ STRENGTHS = {
 MIDDLE = {"plain": 0.0, "flat": 0.1, "group": 1.0, "sam-adapter": 0.01, "sam-full": 0.05, "bilora": 0.05}
 LR_TIMES = (0.5, 1.0, 2.0)
 CONTROLS = {
-    "lr × ½": {"lr": 0.5},
-    "lr × 2": {"lr": 2.0},
+    "lr × ½": {"lr_times": 0.5},
+    "lr × 2": {"lr_times": 2.0},
     "weight decay .1": {"weight_decay": 0.1},
     "half the steps": {"steps": 0.5},
     "EMA .98": {"ema": 0.98},
 }
 
 
-def make_config(task, method: str, strength: float, lr: float, **changes) -> dict:
-    config = {"method": method, "strength": strength, "lr": lr, "steps": task.steps, "weight_decay": 0.0, "ema": 0.0}
-    for key, value in changes.items():
-        config[key] = round(config[key] * value) if key == "steps" else config[key] * value if key == "lr" else value
-    return config
+def make_config(task, method: str, strength: float, lr: float, lr_times=1.0, steps=1.0, weight_decay=0.0, ema=0.0) -> dict:
+    """The settings of a run; ``steps`` relative to the task's."""
+    return {
+        "method": method,
+        "strength": strength,
+        "lr": lr * lr_times,
+        "steps": round(task.steps * steps),
+        "weight_decay": weight_decay,
+        "ema": ema,
+    }
 
 
 _trainer = None

@@ -47,31 +47,24 @@ def register_low_rank(module_type: type[M], *, base: Callable[[M], Base], delta:
     if not (callable(base) and callable(delta)):
         raise TypeError("register_low_rank needs callables: base(module) -> Parameter, delta(module) -> Tensor or (B, A, s)")
     _registered[module_type] = LowRank(base, delta)
-    _known.clear()
 
 
-_known: dict[type, LowRank | None] = {}  # class -> how it is read: asked of every module of a model
+_of_libraries: dict[type, LowRank | None] = {}  # class -> how it is read: names are slow to compare, and models are large
 
 
 def low_rank_of(module: nn.Module) -> LowRank | None:
-    """How ``module`` is read, if its class, or one it derives from, was registered, is a known library's or tells itself."""
-    module_type = type(module)
-    if module_type not in _known:
-        _known[module_type] = _look_up(module_type)
-    return _known[module_type]
-
-
-def _look_up(module_type: type) -> LowRank | None:
-    for cls in module_type.__mro__:
-        if cls in _registered:
-            return _registered[cls]
+    """How ``module`` is read, if its class, or one it derives from, was registered, tells itself or is a known library's."""
+    module_type: Any = type(module)
+    if _registered:
+        for cls in module_type.__mro__:
+            if cls in _registered:
+                return _registered[cls]
     if hasattr(module_type, "low_rank_base") and hasattr(module_type, "low_rank_delta"):
         return LowRank(module_type.low_rank_base, module_type.low_rank_delta)
-    for cls in module_type.__mro__:
-        library = LIBRARIES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if library is not None:
-            return library
-    return None
+    if module_type not in _of_libraries:
+        names = (f"{cls.__module__}.{cls.__qualname__}" for cls in module_type.__mro__)
+        _of_libraries[module_type] = next((LIBRARIES[name] for name in names if name in LIBRARIES), None)
+    return _of_libraries[module_type]
 
 
 MERGING = ("merge", "unmerge", "merge_to", "onfly_merge", "onfly_restore")  # LyCORIS has the last three

@@ -102,7 +102,7 @@ class Peft(Singleton):
         if not isinstance(getattr(base, name, None), Tensor):
             raise ValueError(
                 f"{path} has no base weight {name!r}: its {type(base).__name__} is packed in a way that flatopt does not "
-                "know. Load the base model unquantised, or leave the layer out: pass the other layers as [{'modules': [...]}]"
+                f"know. Load the base model unquantised. {WAY_OUT}"
             )
         wrapper = hasattr(layer, "parameter_name")
         experts = wrapper and getattr(base, name).dim() == 3
@@ -286,7 +286,7 @@ def _lora(layer: Any, name: str, weight: Tensor) -> Factors | None:
     if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
         ranks = A.chunk(groups) if B.shape[1] < A.shape[0] else [A] * groups  # PEFT 0.15's B reads all ranks
         A = torch.cat([some.chunk(groups, dim=1)[group] for group, some in enumerate(ranks)])
-        B = torch.block_diag(*B.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
+        B = torch.block_diag(*B.flatten(1).chunk(groups))
     A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
     if transposed(layer):

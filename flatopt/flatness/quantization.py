@@ -47,10 +47,10 @@ class QuantizationTest(NamedTuple):
 def quantization_test(
     model: nn.Module,
     loss_fn: ScoreFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     formats: "Sequence[str] | Mapping[str, Rounding]" = FORMATS,
-    targets=None,
+    targets: Any = None,
 ) -> QuantizationTest:
     r"""Loss and accuracy with the *merged* weights W' = W + sBA rounded to few bits and back, against full precision.
 
@@ -60,8 +60,8 @@ def quantization_test(
 
     Args:
         model, batches, targets: see :mod:`flatopt.flatness`.
-        loss_fn: ``loss_fn(model, batch)`` returns the batch's mean loss as a scalar tensor, or a pair of that and the batch's
-            accuracy.
+        loss_fn: ``loss_fn(model, batch)`` returns the batch's mean loss as a scalar tensor, or a pair of that and the
+            batch's accuracy.
         formats: names as :func:`rounding` reads them; or a dict from names of your own to functions that take the weight as
             ``(rows, fan_in)`` in float32 and return it rounded, in the same shape: another library's quantiser and back.
 
@@ -74,7 +74,7 @@ def quantization_test(
         found.rounded["nf4/64"].loss - found.full.loss
     """
     roundings = dict(formats) if isinstance(formats, Mapping) else {name: rounding(name) for name in formats}
-    accuracies: "list[float]" = []
+    accuracies: list[float] = []
 
     def loss_alone(model: nn.Module, batch: Any) -> Tensor:
         result = loss_fn(model, batch)

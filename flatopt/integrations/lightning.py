@@ -61,8 +61,8 @@ class FlatPerturbCallback(pl.Callback):
         self.detach()
         if len(trainer.optimizers) != 1:
             raise ValueError(
-                f"FlatPerturbCallback works with one optimizer, {type(pl_module).__name__} has {len(trainer.optimizers)}. Wrap the "
-                "adapter's in configure_optimizers: FlatPerturbOptimizer(optimizer, self.model, total_steps=...)"
+                f"FlatPerturbCallback works with one optimizer, {type(pl_module).__name__} has {len(trainer.optimizers)}. "
+                "Wrap the adapter's in configure_optimizers: FlatPerturbOptimizer(optimizer, self.model, total_steps=...)"
             )
         total = self.total_steps
         if total is None and self.options["schedule"] != "constant":

@@ -60,22 +60,21 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps: plain values. ``targets`` and a schedule of your own are not among them."""
-        lost = [name for name, value in (("targets", self.targets), ("schedule", self.options["schedule"])) if callable(value)]
-        lost += ["targets"] if self.targets is not None and "targets" not in lost else []
+        own = {"targets": self.targets is not None, "schedule": callable(self.options["schedule"])}
+        lost = [name for name, is_own in own.items() if is_own]
         args = {name: value for name, value in self.options.items() if name not in lost}
         return {"args": args, "attributes": {"not_restored": lost}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()  # it can come again without an end: a retry with a smaller batch, an exception, a notebook
         self._check_resumed(state)
         _check_policy_ratio(args)
-        targets = self.targets
-        if targets is None:
-            targets = model
-        elif callable(targets) and not isinstance(targets, nn.Module):
-            targets = targets(model)
-        self.optimizer = FlatPerturbOptimizer(bare_optimizer(optimizer), targets, total_steps=state.max_steps, **self.options)
-        # not what a checkpoint or an earlier train() left in the optimizer's groups: the Trainer's count, this callback's seed
+        targets = kwargs["model"] if self.targets is None else self.targets
+        if callable(targets) and not isinstance(targets, nn.Module):
+            targets = targets(kwargs["model"])
+        bare = bare_optimizer(kwargs["optimizer"])
+        self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=state.max_steps, **self.options)
+        # not what a checkpoint or an earlier train() left with the optimizer
         self.optimizer.seed, self.optimizer.step_count = self.options["seed"], state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -99,13 +98,15 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
     def _check_resumed(self, state: Any) -> None:
         if self.not_restored:  # restore_callback_states_from_checkpoint made this object anew, from what the file keeps
             raise ValueError(
-                f"FlatPerturbCallback was restored from a checkpoint, which cannot keep its {' and '.join(self.not_restored)}. "
-                "Set restore_callback_states_from_checkpoint=False and give the Trainer the callback as before"
+                "FlatPerturbCallback was restored from a checkpoint, which cannot keep its "
+                f"{' and '.join(self.not_restored)}. Set restore_callback_states_from_checkpoint=False and give the Trainer "
+                "the callback as before"
             )
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if state.global_step and isinstance(saved, dict):
             before, now = saved.get("args", {}), self.state()["args"]
-            changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if now.get(name, before[name]) != before[name]]
+            same = {name for name, value in before.items() if now.get(name, value) == value}
+            changed = [f"{name} was {before[name]}, is {now[name]}" for name in before if name not in same]
             if changed:
                 warnings.warn(
                     f"FlatPerturbCallback goes on from step {state.global_step} with other settings than the checkpoint's: "
@@ -121,14 +122,11 @@ def _check_policy_ratio(args: Any) -> None:
     sampled = getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False)
     always = any(cls.__name__ == "RLOOConfig" for cls in type(args).__mro__)
     if reused or sampled or always:
+        setting = "num_iterations=1, steps_per_generation a divisor of gradient_accumulation_steps"
+        setting += ", vllm_importance_sampling_correction=False" if sampled else ""
+        advice = "RLOO always takes it so; GRPOTrainer need not." if always else f"Set {setting}."
         warnings.warn(
-            "the policy ratio of this run compares log-probs at perturbed weights with old ones at clean weights, so it is not 1 "
-            "before the first update (noise of sigma .05 gave its logarithm a std of .06, .15 gave .16). "
-            + (
-                "RLOO always takes it so; GRPOTrainer need not."
-                if always
-                else "Set num_iterations=1, steps_per_generation to a divisor of gradient_accumulation_steps"
-                + (", and vllm_importance_sampling_correction=False." if sampled else ".")
-            ),
-            stacklevel=2,
+            "the policy ratio of this run compares log-probs at perturbed weights with old ones at clean weights, so it is "
+            "not 1 before the first update (sigma .05 gave its logarithm a std of .06, sigma .15 of .16). " + advice,
+            stacklevel=3,
         )

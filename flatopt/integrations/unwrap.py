@@ -14,8 +14,8 @@ def bare_optimizer(optimizer: Any) -> Any:
     while True:
         if isinstance(optimizer, FlatPerturbOptimizer):
             raise ValueError(
-                "the trainer was given a FlatPerturbOptimizer and a FlatPerturbCallback; one is enough. Give the trainer the "
-                "bare optimizer (optimizer.optimizer), or leave out the callback"
+                "the trainer was given a FlatPerturbOptimizer and a FlatPerturbCallback; one is enough. Give the trainer "
+                "the bare optimizer (optimizer.optimizer), or leave out the callback"
             )
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:

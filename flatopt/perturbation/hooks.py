@@ -22,7 +22,7 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 
 
 class Doors:
-    """What the hooks of one optimizer share. ``perturb`` opens a step; it is reached weakly, so that hooks keep no optimizer."""
+    """What the hooks of one optimizer share. ``perturb`` opens a step; reached weakly: hooks keep no optimizer."""
 
     def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
         self.weights: PerturbedWeights | None = weights
@@ -31,6 +31,7 @@ class Doors:
             weakref.WeakKeyDictionary()
         )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
+        self.by_owner = False  # the step was opened by a training forward that no root encloses
         self._strangers: Any = None
         self._memory: set[int] | None = None
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
@@ -58,7 +59,7 @@ class Doors:
             weights.suspend()
 
     def clean_inside(self, module: nn.Module) -> None:
-        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
+        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
         weights = self.weights
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
@@ -151,8 +152,9 @@ class Doors:
             self._first_pass = {}
             if again and since > 1:
                 raise RuntimeError(
-                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now it "
-                    "is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes must see "
+                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
+                    "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
+                    "must see "
                     "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
                     "clean, run it in eval mode"
                 )
@@ -223,6 +225,7 @@ class BeforeRoot(_Hook):
             return
         doors.trains[module] = trains
         if trains:
+            doors.by_owner = False
             doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
@@ -252,7 +255,8 @@ class BeforeOwner(_Hook):
         doors = self.doors
         if doors is None or doors.weights is None:
             return
-        if (torch.is_grad_enabled() and module.training) is (doors.weights.state == PERTURBED):
+        trains = torch.is_grad_enabled() and module.training
+        if trains is (doors.weights.state == PERTURBED) and not (trains and doors.by_owner):
             return
         self.decide(module, doors)
 
@@ -266,6 +270,7 @@ class BeforeOwner(_Hook):
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
         if trains and around is None:
+            doors.by_owner = True  # so every further owner's output is listened to: backward starts at the last one
             handles: list[Any] = []
 
             def after(module: nn.Module, args: Any, output: Any) -> None:

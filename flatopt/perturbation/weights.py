@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
@@ -51,7 +53,6 @@ class PerturbedWeights:
         self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
-        self._versions: list[tuple[WeightView, int]] = []
         self._kept_versions: list[tuple[WeightView, Any]] = []
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
@@ -108,8 +109,8 @@ class PerturbedWeights:
             self._reshard()
             lost = self._replaced()
             if not lost:
-                exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
-                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
+                exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
+                self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
             self._bits_back(lost)
             if lost:
                 self._end()
@@ -124,7 +125,7 @@ class PerturbedWeights:
             return
         with self._lock, _writing():
             self._reshard()
-            moved = [view for view, version in self._versions if _version(view) != version]
+            moved = self._written_to()
             self.state = PERTURBED
             try:
                 for each in self._plans:
@@ -142,7 +143,7 @@ class PerturbedWeights:
             self._note_versions()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
-        written_to = any(_version(view) != version for view, version in self._versions)  # the checksums say whether it matters
+        written_to = bool(self._written_to())
         try:
             for each in self._plans:
                 each.restore()
@@ -169,7 +170,7 @@ class PerturbedWeights:
     def _end(self) -> None:
         self._note_versions()
         self.state = CLEAN
-        self._plans, self._versions, self._kept_versions = [], [], []
+        self._plans, self._kept_versions = [], []
         for look in self._looks:
             look.release()
 
@@ -183,7 +184,8 @@ class PerturbedWeights:
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
             self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
         plans: list[Plan] = []
-        first, seen = 1, set()  # a weight's number is its place in the groups, tied and unperturbed ones counted
+        seen: set[int] = set()
+        first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
         try:
             for look, group, sigma in zip(self._looks, self.groups, request.sigmas):
                 weights = group["targets"]
@@ -204,28 +206,19 @@ class PerturbedWeights:
         return plans
 
     def _note_versions(self) -> None:
-        views = [view for look in self._looks for view in look.views if view.tensor is not None]
-        self._versions = [(view, _version(view)) for view in views]
         for look in self._looks:
             look.note_versions()
 
+    def _written_to(self) -> "list[WeightView]":
+        """Weights whose version counters say that somebody else wrote to them; the checksums say whether it matters."""
+        return [view for look in self._looks for view in look.written_to()]
+
     def _replaced(self) -> "list[WeightView]":
-        """Weights that are no longer the parameter they were."""
-        return [
-            view
-            for look in self._looks
-            for view in look.views
-            if view.tensor is not None and not view.weight.rebuilt and view.weight.parameter is not view.parameter
-        ]
+        return [view for look in self._looks for view in look.replaced()]
 
     def _follow(self) -> None:
-        # after model.to(...): what should have been moved
         for look in self._looks:
-            for view in look.views:
-                if view.tensor is not None:
-                    now = view.weight.weight
-                    if now.data_ptr() != view.tensor.data_ptr() and now.shape == view.tensor.shape:
-                        now.copy_(view.tensor)
+            look.follow()
 
     def _reshard(self) -> None:
         for module in self._fsdp:
@@ -302,99 +295,154 @@ class GroupLook:
         self.views: list[WeightView] = []
         self.plans: list[Plan] = []
         self.exact = True
+        self.parameters: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         self._weights: list[AdaptedWeight] = []
         self._settings: tuple[Any, ...] = ()
-        self._known: list[WeightView | None] = []
-        self._seen: list[tuple[Any, ...]] = []
+        self._known: list[WeightView] = []  # of every weight, tied ones too
+        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, merged, version
         self._keys: list[Any] = []
         self._quantised: list[bool] = []
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> "list[Plan]":
-        parameters = [weight.parameter for weight in weights]
-        settings = (first, noise, restore, [id(weight) for weight in weights])
+        """Look at ``weights``, the first of which is number ``first``; ``taken``: memory that an earlier group has."""
+        settings = (first, noise, restore, list(map(id, weights)))
         if self._settings != settings:
-            self._settings, self._weights, self._seen = settings, weights, [()] * len(weights)
-            self._known: list[WeightView | None] = [None] * len(weights)
+            self._settings, self._weights, self._seen, self._keys = settings, weights, [], []
             self._quantised = [False] * len(weights)
+            self._known = [WeightView(weight, first + i) for i, weight in enumerate(weights)]
             self.plans = []
-        for weight, parameter, seen in zip(weights, parameters, self._seen):
-            if not seen or seen[0] != id(parameter):
-                check(weight, in_forward=True)  # before anything is asked of what may be no tensor
+        parameters = parameters_of(weights)
+        before = self._seen[0] if self._seen else [0] * len(weights)
+        identities = list(map(id, parameters))
+        if identities != before:
+            for weight, now, then in zip(weights, identities, before):
+                if now != then:
+                    check(weight, in_forward=True)  # before anything is asked of what may be no tensor
         tensors = [local(p.detach()) for p in parameters]
-        seen = [
-            (id(p), t.data_ptr() or data_ptr(p), t._version, t.dtype, t.shape, t.stride(), p.requires_grad, w.adapter.is_merged(w.layer))
-            for w, p, t in zip(weights, parameters, tensors)
+        # in columns: a list a property costs a third of a tuple a weight
+        seen: list[Any] = [
+            identities,
+            [t.data_ptr() for t in tensors],
+            [t.dtype for t in tensors],
+            [t.shape for t in tensors],
+            [t.stride() for t in tensors],
+            [p.requires_grad for p in parameters],
+            [w.adapter.is_merged(w.layer) for w in weights],
+            [t._version for t in tensors],
         ]
         if seen != self._seen:
-            for i, now in enumerate(seen):
-                if now != self._seen[i]:
-                    if self._seen[i] and self._seen[i][0] == now[0]:
+            rows, known = list(zip(*seen)), list(zip(*self._seen)) or [()] * len(weights)
+            for i, (now, then) in enumerate(zip(rows, known)):
+                if now != then:
+                    if then and now[0] == then[0]:
                         check(weights[i], in_forward=True)
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
-            self._seen, self.plans = seen, []
-        views = [view for view in self._known if view is not None]
-        for view, parameter, tensor, quantised in zip(views, parameters, tensors, self._quantised):
+            self._seen, self._keys, self.plans = seen, [], []
+        self.parameters, self.tensors = parameters, tensors
+        for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
             view.parameter, view.tensor = parameter, None if quantised else tensor
-            view.rows = None if quantised else view.weight.rows(tensor)
-        self.views = [view for view, now in zip(views, seen) if not (now[1] in taken or taken.add(now[1]))]
-        self._look_at_updates(restore)
+        memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
+        self.views = []
+        for view, there in zip(self._known, memory):
+            if there not in taken:
+                taken.add(there)
+                self.views.append(view)
+        self._look_at_updates()
         if not self.plans:
-            self.exact = restore != "subtract"
-            inside = [view for view in self.views if restore == "forward" or view.tensor is None]
-            kept = [view for view in self.views if view not in inside and not view.weight.rebuilt]
-            rebuilt = [view for view in self.views if view not in inside and view.weight.rebuilt]
-            if noise == "isotropic" and inside and len(inside) < len(self.views):
-                raise ValueError(
-                    f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
-                    "are not. Put them into groups of their own, or use restore='forward' for all"
-                )
-            self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
-            self.plans += [ForwardPlan(inside, noise)] if inside else []
+            self._plan(noise, restore)
         return self.plans
 
-    def _look_at_updates(self, restore: str) -> None:
+    def _plan(self, noise: str, restore: str) -> None:
+        self.exact = restore != "subtract"
+        inside = [view for view in self.views if restore == "forward" or view.tensor is None]
+        in_place = [view for view in self.views if restore != "forward" and view.tensor is not None]
+        if noise == "isotropic" and inside and in_place:
+            raise ValueError(
+                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                "are not. Put them into groups of their own, or use restore='forward' for all"
+            )
+        kept = [view for view in in_place if not view.weight.rebuilt]
+        rebuilt = [view for view in in_place if view.weight.rebuilt]
+        self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
+        self.plans += [ForwardPlan(inside, noise)] if inside else []
+
+    def _look_at_updates(self) -> None:
+        """Ask for the updates that are not the same tensors as before."""
         batches: dict[int, list[WeightView]] = {}
         for view in self.views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
-        keys = []
+        keys: list[Any] = []
+        changed: list[WeightView] = []
         for batch in batches.values():
-            weights, adapter = [view.weight for view in batch], batch[0].weight.adapter
-            keys.append(adapter.update_key(weights))
-        if self.plans and None not in keys and keys == self._keys:
-            return
-        for batch in batches.values():
-            for view, update in zip(batch, batch[0].weight.adapter.updates([view.weight for view in batch])):
-                assert view.parameter is not None
-                mine = local_update(update, view.parameter)
-                view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
-        self._keys, self.plans = keys, []
+            found = batch[0].weight.adapter.update_key([view.weight for view in batch])
+            found = [object() for _ in batch] if found is None else found  # equal to nothing
+            known = self._keys[len(keys) : len(keys) + len(batch)]
+            if found != known:
+                known = known or [None] * len(batch)
+                news = [view for view, now, then in zip(batch, found, known) if then is None or now != then]
+                for view, update in zip(news, news[0].weight.adapter.updates([view.weight for view in news])):
+                    assert view.parameter is not None
+                    mine = local_update(update, view.parameter)
+                    view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
+                changed += news
+            keys += found
+        if changed:
+            self.plans = []
+        self._keys = keys
 
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""
-        for i, view in enumerate(self._known):
-            if view is not None and view.tensor is not None and self._seen[i]:
-                self._seen[i] = (*self._seen[i][:2], view.tensor._version, *self._seen[i][3:])
+        if self.tensors:
+            self._seen[-1] = [tensor._version for tensor in self.tensors]
+
+    def written_to(self) -> "list[WeightView]":
+        if not self.tensors or [tensor._version for tensor in self.tensors] == self._seen[-1]:
+            return []
+        moved = {id(view) for view, t, version in zip(self._known, self.tensors, self._seen[-1]) if t._version != version}
+        return [view for view in self.views if id(view) in moved and not view.weight.version_moves]
+
+    def replaced(self) -> "list[WeightView]":
+        """Weights that are no longer the parameter they were; none where each forward makes them anew."""
+        now = parameters_of(self._weights) if self.tensors else []
+        if all(map(operator.is_, now, self.parameters)):
+            return []
+        gone = {id(view) for view, here, there in zip(self._known, now, self.parameters) if here is not there}
+        return [view for view in self.views if id(view) in gone and view.tensor is not None and not view.weight.rebuilt]
+
+    def follow(self) -> None:
+        """After ``model.to(...)`` amid a step: what lies in the memory that was left belongs where the weight is now."""
+        if not self.tensors:
+            return
+        parameters = parameters_of(self._weights)
+        if [parameter.data_ptr() for parameter in parameters] == self._seen[1]:
+            return
+        now = [local(parameter.detach()) for parameter in parameters]
+        for view, here in zip(self._known, now):
+            if view.tensor is not None and here.data_ptr() != view.tensor.data_ptr() and here.shape == view.tensor.shape:
+                here.copy_(view.tensor)
 
     def release(self) -> None:
         for each in self.plans:
             each.release()
+        self.parameters, self.tensors = [], []
         for view in self._known:
-            if view is not None:
-                view.parameter = view.tensor = view.rows = None
+            view.parameter = view.tensor = view.rows = None
 
 
-def _version(view: WeightView) -> int:
-    assert view.tensor is not None
-    return -1 if view.weight.version_moves else view.tensor._version
+def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
+    # a plain lookup for all, as properties cost as much as the rest
+    found = [weight.owner._parameters.get(weight.name) for weight in weights]
+    return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
 
 
 def _refuse_written(lost: "Sequence[WeightView]") -> None:
     if lost:
         raise RuntimeError(
-            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
-            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
-            "say), call optimizer.restore()"
+            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
+            "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
+            "EMA, say), call optimizer.restore()"
         )
 
 
@@ -423,7 +471,7 @@ def _overlap(
 
 
 def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
-    """Raise where two targets are views that share some of their memory: noise taken off one would be taken off the other."""
+    """Raise where two targets are views that share some memory: noise taken off one would be taken off the other."""
     extents = sorted(((*extent, i) for i, weight in enumerate(weights) if (extent := _extent(weight))), key=lambda e: e[:2])
     for (start, end, i), (start2, end2, j) in itertools.pairwise(extents):
         if start2 < end and (start, end) != (start2, end2) and _shares_elements(weights[i], weights[j]):

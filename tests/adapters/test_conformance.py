@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import trainable
+from helpers import trainable
 from torch import nn
 
 from flatopt.adapters.custom import CUSTOM

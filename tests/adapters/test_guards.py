@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import lora_mlp
+from helpers import lora_mlp
 from torch import nn
 
 from flatopt.adapters.guards import guard

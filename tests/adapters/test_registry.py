@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Mlp, lora_mlp
+from helpers import Mlp, lora_mlp
 from torch import nn
 
 from flatopt.adapters.custom import CUSTOM, register_low_rank
@@ -34,7 +34,6 @@ class Told(Own):
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr("flatopt.adapters.custom._registered", {})
-    monkeypatch.setattr("flatopt.adapters.custom._known", {})
 
 
 def register(**options):

@@ -12,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -336,7 +336,6 @@ class Protocol(Dense):
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr("flatopt.adapters.custom._registered", {})
-    monkeypatch.setattr("flatopt.adapters.custom._known", {})
     register_low_rank(Dense, base=lambda m: m.layer.weight, delta=lambda m: m.delta())
     register_low_rank(Factored, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, 0.3))
     register_low_rank(Scaled, base=lambda m: m.layer.weight, delta=lambda m: (m.up, m.down, m.scaling))

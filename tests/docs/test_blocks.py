@@ -1,7 +1,7 @@
 """Every Python block in README.md and docs/ runs, those of a page in order and in one namespace.
 
-A block under ``<!-- not run: reason -->`` needs what a test machine has not (a network, a GPU, a model of the reader's); it must
-at least compile.
+A block under ``<!-- not run: reason -->`` needs what a test machine has not (a network, a GPU, a model of the reader's); it
+must at least compile.
 """
 
 import re
@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(<!-- not run: (?P<reason>[^>]+?) -->\n+)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(<!-- not run: (?P<reason>[^>]+?) -->\n+)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.DOTALL | re.MULTILINE
+)
+LIBRARIES = ["accelerate", "datasets", "lightning", "peft", "timm", "transformers", "trl"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -33,7 +36,9 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         # the padding makes a traceback point at the line of the page
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if runs:
-            pytest.importorskip("peft", reason="the page uses PEFT") if "peft" in code else None
+            for library in LIBRARIES:
+                if re.search(rf"^(from|import) {library}\b", code, re.MULTILINE):
+                    pytest.importorskip(library, reason=f"the page uses {library}")
             exec(compiled, namespace)
 
 

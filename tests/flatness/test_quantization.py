@@ -1,10 +1,10 @@
-"""quantization_test: its roundings against their formulas and other libraries' quantisers, and no trace left on the model."""
+"""quantization_test: its roundings against formulas and other libraries' quantisers, and no trace left on the model."""
 
 import copy
 
 import pytest
 import torch
-from conftest import batch, bits, lora_mlp
+from helpers import batch, bits, lora_mlp
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -112,16 +112,7 @@ def test_precision(tmp_path, precision):
 def test_manual_optimization(tmp_path):
     """Two micro-batches a step: both see one noise, and the schedule is told its length."""
     seen = []
-
-    class Looking(Task):
-        def training_step(self, each, index):
-            loss = super().training_step(each, index)
-            return loss
-
-        def on_before_zero_grad(self, optimizer):
-            pass
-
-    task = Looking(manual=True)
+    task = Task(manual=True)
     layer = task.model.base_model.model.second.base_layer
     layer.register_forward_pre_hook(lambda m, args: seen.append(m.weight.detach().clone()) if task.training else None)
     fit(tmp_path, FlatPerturbCallback(sigma=0.2, schedule="linear", total_steps=BATCHES // 2), task=task)

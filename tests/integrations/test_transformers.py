@@ -26,7 +26,17 @@ def arguments(folder, kind=TrainingArguments, **options):
     return kind(str(folder), **{**usual, **quiet, **options})
 
 
-def train(folder, callback="flat", model=None, resume=None, trainer=Trainer, data=None, others=(), optimizers=(None, None), **options):
+def train(
+    folder,
+    callback="flat",
+    model=None,
+    resume=None,
+    trainer=Trainer,
+    data=None,
+    others=(),
+    optimizers=(None, None),
+    **options,
+):
     """A run; its model and the watch over it. ``callback`` None: plain."""
     model = model or lora_llama()
     watch = Watch(model)
@@ -49,7 +59,15 @@ def hooks(model):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop", "schedule_free_adamw", "adamw_bnb_8bit"]
+OPTIMIZERS = [
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adafactor",
+    "adagrad",
+    "schedule_free_adamw",
+    "adamw_bnb_8bit",
+]
 LIBRARY = {"schedule_free_adamw": "schedulefree", "adamw_bnb_8bit": "bitsandbytes"}
 
 
@@ -88,7 +106,7 @@ def test_sigma_0_is_plain_training_and_nothing_is_left_behind(tmp_path):
     model = lora_llama()
     before = hooks(model)
     callback = FlatPerturbCallback(sigma=0.0)
-    flat, watch = train(tmp_path / "flat", callback, model=model)
+    flat, _ = train(tmp_path / "flat", callback, model=model)
     assert differing(adapter(plain), adapter(flat)) == []
     assert callback.optimizer is None
     assert hooks(model) == before + 1  # the watch's
@@ -109,7 +127,7 @@ def test_the_trainers_options(tmp_path, case):
     model = lora_llama()
     if case == "reentrant":
         model.enable_input_require_grads()
-    flat, watch = train(tmp_path, model=model, **CASES[case])
+    _, watch = train(tmp_path, model=model, **CASES[case])
     assert watch.trained
     assert not any(watch.trained)
 
@@ -129,7 +147,7 @@ class Reader(TrainerCallback):
 def test_evaluation_generation_and_saving_amid_training_find_clean_weights(tmp_path):
     options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
     options |= {"save_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
-    model, watch = train(tmp_path / "run", others=[Reader(tmp_path / "model")], **options)
+    _, watch = train(tmp_path / "run", others=[Reader(tmp_path / "model")], **options)
     assert len(watch.trained) == 2 * STEPS
     assert not any(watch.trained)
     assert len(watch.read) > STEPS
@@ -197,7 +215,9 @@ def test_interrupted_and_run_again_with_the_same_or_a_new_trainer(tmp_path):
 
     model, stop = lora_llama(), Stop()
     watch, options = Watch(model), {"gradient_accumulation_steps": 2}
-    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA), stop])
+    trainer = Trainer(
+        model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[FlatPerturbCallback(SIGMA), stop]
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     with torch.no_grad():
@@ -218,7 +238,7 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path):
             if state.train_batch_size > 2 and state.global_step == 2:
                 raise RuntimeError("CUDA out of memory.")
 
-    model, watch = train(tmp_path, FlatPerturbCallback(SIGMA), others=[Full()], auto_find_batch_size=True)
+    _, watch = train(tmp_path, FlatPerturbCallback(SIGMA), others=[Full()], auto_find_batch_size=True)
     assert watch.trained[-STEPS:] == [True, False, False, False]  # anew, with a schedule of its own
 
 
@@ -251,7 +271,7 @@ def test_model_init_and_hyperparameter_search(tmp_path):
 
 def test_seq2seq_trainer_generates_at_clean_weights(tmp_path):
     options = {"predict_with_generate": True, "generation_max_length": 4, "eval_strategy": "steps", "eval_steps": 2}
-    model, watch = train(tmp_path, model=t5(), trainer=Seq2SeqTrainer, **options)
+    _, watch = train(tmp_path, model=t5(), trainer=Seq2SeqTrainer, **options)
     assert watch.trained == [False] * STEPS
     assert watch.read
     assert all(watch.read)

@@ -93,7 +93,7 @@ def test_gradient_checkpointing(tmp_path, kind, reentrant):
 
 @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}])
 def test_grpo_says_what_to_set_where_the_policy_ratio_is_taken_across_the_noise(tmp_path, options):
-    with pytest.warns(UserWarning, match="Set num_iterations=1, steps_per_generation to a divisor") as told:
+    with pytest.warns(UserWarning, match="Set num_iterations=1, steps_per_generation a divisor") as told:
         watch, _ = run(tmp_path, "grpo", **options)
     assert sum("policy ratio" in str(w.message) for w in told) == 1
     assert not any(watch.trained)

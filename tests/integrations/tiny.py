@@ -58,7 +58,7 @@ def rows(count=24, length=8, seed=1):
 
 
 class Watch:
-    """Counts the forwards of the first adapted layer in ``model``: with gradients (trained) or without (read), W clean or not."""
+    """Whether each forward of the first adapted layer in ``model`` found W clean; ``trained`` has those with gradients."""
 
     def __init__(self, model):
         name, self.layer = next((n, m) for n, m in model.named_modules() if hasattr(m, "base_layer"))

@@ -46,6 +46,7 @@ def takes(noise="filter", dtype=torch.float32):
     return backend.BACKENDS[0].name == "torch" or (noise != "element" and dtype != torch.float64)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED or CUDA, reason="the tests below run as they are")
 def test_the_tests_below_in_tritons_interpreter():
     pytest.importorskip("triton", minversion="3.2", reason="the kernels need Triton 3.2")
@@ -251,10 +252,16 @@ def test_one_changed_bit_is_noticed(device, dtype, shape):
         plans.perturb(OTHER_KEY if row else KEY)
         plans.restore()
         plans.perturb(KEY)
-    for exchanged in (lambda t: t[[1, 0, *range(2, len(t))]], lambda t: t[:, [2, 1, 0, *range(3, t.shape[1])]]):
-        views[1].tensor.copy_(exchanged(views[1].tensor.clone()))
+    changes = {
+        "two rows": lambda t: t[[1, 0, *range(2, len(t))]],
+        "two columns": lambda t: t[:, [2, 1, 0, *range(3, t.shape[1])]],
+        "all exponents": lambda t: 2 * t,
+        "all signs": lambda t: -t,
+    }
+    for name, change in changes.items():
+        views[1].tensor.copy_(change(views[1].tensor.clone()))
         plans.restore()
-        assert plans.written() == [views[1]]
+        assert plans.written() == [views[1]], name
         plans.perturb(KEY)
 
 
@@ -323,10 +330,10 @@ def test_fingerprint():
     tensor = gaussian(100, 300)
     known = ops.fingerprint(tensor)
     assert known == ops.fingerprint(tensor.clone()) == ops.fingerprint(tensor.t().contiguous().t())
-    others = [tensor.flip(0), tensor.flip(1), tensor.roll(1, 0), tensor.roll(509, 1), -tensor, tensor[:-1]]
+    others = [tensor.flip(0), tensor.flip(1), tensor.roll(1, 0), tensor.roll(1, 1), -tensor, tensor[:-1]]
     assert len({known, *map(ops.fingerprint, others)}) == len(others) + 1
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        for size in (1, 3, 508, 509, 510, 3000, 3001):
+        for size in (1, 3, 1021, 4096, 16383, 16385, 40_000):
             whole = gaussian(size, dtype=dtype)
             seen = {ops.fingerprint(whole)}
             for place in {0, size // 2, size - 1}:
@@ -379,7 +386,7 @@ def test_an_exception_at_any_operation_loses_nothing(device, noise, mode, during
     plans.restore()
     number, raised = 0, True
     while raised:
-        number += 7 if INTERPRETED else 1 if noise in ("filter", "element") else 4
+        number += 17 if INTERPRETED else 1 if noise in ("filter", "element") else 4
         for view, before in zip(views, clean):
             view.tensor.copy_(before)
         plans = Plans(views, noise, mode)
@@ -405,7 +412,7 @@ def test_an_exception_at_any_operation_loses_nothing(device, noise, mode, during
         assert not plans.written()
         for view, before in zip(views, clean):
             if mode == "subtract":
-                torch.testing.assert_close(view.tensor, before, rtol=1e-2, atol=1e-4)
+                torch.testing.assert_close(view.tensor, before, rtol=1e-2, atol=1e-3)  # drift, not noise
             else:
                 assert torch.equal(view.tensor, before), number
         plans.release()

@@ -67,13 +67,19 @@ def test_an_optimizer_that_is_wrapped_already(model):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", lambda t: t])
 def test_total_steps_missing(model, schedule):
+    optimizer = wrap(model, schedule=schedule)  # it may be set later: asked for by the first perturbation
+    before = frozen(model)
     with raises("schedule", "needs total_steps", "epochs * len(loader) // accumulation", "'constant'"):
-        wrap(model, schedule=schedule)
+        model(batch()[0])
+    assert not changed(model, before)
+    optimizer.total_steps = 10
+    model(batch()[0])
 
 
 def test_total_steps_missing_by_default(model):
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model)
     with raises("schedule 'cosine' needs total_steps"):
-        FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model)
+        optimizer.perturb()
 
 
 @pytest.mark.parametrize("total_steps", [0, -3, 1.5, "100", float("nan"), float("inf"), [10]], ids=str)

@@ -91,6 +91,18 @@ class Fp8(nn.Linear):
         return F.linear(x.bfloat16().float(), self.weight.float() * blocks, self.bias)
 
 
+def gguf():
+    utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
+    library = pytest.importorskip("gguf")
+    linear = plain()
+    kind = library.GGMLQuantizationType.Q8_0
+    packed = torch.from_numpy(library.quants.quantize(linear.weight.numpy(), kind))
+    layer = utils.GGUFLinear(FAN_IN, ROWS, bias=True, compute_dtype=torch.float32)
+    layer.weight = utils.GGUFParameter(packed, quant_type=kind)
+    layer.bias = linear.bias
+    return layer.requires_grad_(False)
+
+
 FORMATS = {
     "bitsandbytes nf4": lambda: bitsandbytes_4bit("nf4"),
     "bitsandbytes nf4, double quantised": lambda: bitsandbytes_4bit("nf4", nested=True),
@@ -105,7 +117,7 @@ FORMATS = {
     "quanto int4": lambda: quanto("qint4"),
     "quanto float8": lambda: quanto("qfloat8"),
 }
-ADDED = {"bitsandbytes int8": bitsandbytes_int8, "packed": Packed, "fp8": Fp8}
+ADDED = {"bitsandbytes int8": bitsandbytes_int8, "GGUF": gguf, "packed": Packed, "fp8": Fp8}
 
 
 def build(make):
@@ -567,6 +579,32 @@ def test_every_format_trains_under_the_optimizer(make):
             optimizer.step()
         assert not torch.equal(outputs[0], clean)
         assert not torch.equal(outputs[0], outputs[1])
+
+
+PEFTS_OWN = {**FORMATS, **{name: make for name, make in ADDED.items() if name in ("bitsandbytes int8", "GGUF")}}
+
+
+@pytest.mark.parametrize("make", PEFTS_OWN.values(), ids=PEFTS_OWN)
+def test_every_format_trains_through_peft(make):
+    peft = pytest.importorskip("peft")
+    net = nn.Sequential(build(make))
+    dtype = net[0].bias.dtype
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    try:
+        model = peft.get_peft_model(net, config)
+    except (TypeError, ValueError, AttributeError) as error:
+        pytest.skip(f"PEFT: {str(error)[:100]}")
+    bare = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(8, FAN_IN, dtype=dtype)
+    with FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant") as optimizer:
+        clean = model.eval()(x)
+        noisy = model.train()(x)
+        noisy.float().sum().backward()
+        assert torch.equal(model.train()(x), noisy)
+        assert torch.equal(model.eval()(x), clean)
+        assert not torch.equal(noisy, clean)
+        optimizer.step()
+        assert not torch.equal(model.eval()(x), clean)
 
 
 # --- refused by name ------------------------------------------------------------------------------------------------------

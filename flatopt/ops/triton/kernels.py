@@ -11,8 +11,8 @@ approximations, and a floor is an addition that rounds down.
 and subtracts the noise. Which program, thread or launch meets an element changes nothing: its noise follows from (step,
 weight, row, column).
 
-Proof of return: ``move`` sums up, row by row, the words that it reads and those that it writes (one multiplication and
-addition a word each). To perturb it leaves both sums; to restore it compares what it found with what was left, and what it
+Proof of return: ``move`` sums up, row by row, the words that it reads and those that it writes, one multiplication and
+addition a word each. To perturb it leaves both sums; to restore it compares what it found with what was left, and what it
 wrote with what once stood there. What is not as it should be is marked, and moved back by a second launch, which has nothing
 to do otherwise: f(f(v)) = v, so the foreign bits v stand there again, or the clean ones, if somebody had put those back.
 
@@ -39,7 +39,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
 MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
 TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
 SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
-SUM = tl.constexpr(0x85EBCA6B)  # odd, so that no bit of a word is lost
+SUM = tl.constexpr(0x85EBCA6B)  # odd, so that no single changed word is lost
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
 
 FIELDS = tl.constexpr(len(Row._fields))
@@ -337,11 +337,18 @@ def _halves(word):
 
 
 @triton.jit
-def _plus(total, word, DTYPE: tl.constexpr):
+def _turned(word):
+    """Its halves exchanged: what a sum modulo 2^32 hardly sees of the highest bits, it sees here."""
+    return (word << 16) | (word >> 16)
+
+
+@triton.jit
+def _plus(total, word, TURN: tl.constexpr, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
-        return (total * SUM + word.to(tl.uint32)) * SUM + (word >> 32).to(tl.uint32)
+        return (total * SUM + word.to(tl.uint32)) * SUM + _turned((word >> 32).to(tl.uint32))
     else:
-        return total * SUM + word.to(tl.uint32)
+        word = word.to(tl.uint32)
+        return total * SUM + (_turned(word) if TURN else word)
 
 
 @triton.jit
@@ -351,22 +358,23 @@ def _add_up(total, word, DTYPE: tl.constexpr, HALVINGS: tl.constexpr):
     A thread's own neighbours are taken in one by one, 2 to the power of ``HALVINGS``, so that it keeps one total for them.
     """
     if HALVINGS == 0:
-        return _plus(total, word, DTYPE)
+        return _plus(_plus(total, word, False, DTYPE), word, True, DTYPE)
     elif HALVINGS == 1:
         even, odd = _halves(word)
-        return _plus(_plus(total, even, DTYPE), odd, DTYPE)
+        return _plus(_plus(total, even, False, DTYPE), odd, True, DTYPE)
     else:
         even, odd = _halves(word)
         first, third = _halves(even)
         second, fourth = _halves(odd)
-        return _plus(_plus(_plus(_plus(total, first, DTYPE), second, DTYPE), third, DTYPE), fourth, DTYPE)
+        total = _plus(_plus(total, first, False, DTYPE), second, False, DTYPE)
+        return _plus(_plus(total, third, False, DTYPE), fourth, True, DTYPE)
 
 
 @triton.jit
 def _sums(total, LANES: tl.constexpr):
     """The totals of a row's lanes in one, each with an odd factor of its own; int32."""
-    factor = (tl.arange(0, LANES).to(tl.uint32) * 2 + 1) * SUM
-    return tl.sum(total * factor[None, :], 1).to(tl.int32, bitcast=True)
+    factor = _mix(tl.arange(0, LANES).to(tl.uint32) + 1) | 1
+    return tl.sum(total * factor[None, :], 1).to(tl.uint32).to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["below", "first", "second", "stage"])

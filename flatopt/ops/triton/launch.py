@@ -32,8 +32,7 @@ class TritonPlan:
     """See :class:`flatopt.ops.backend.Plan`.
 
     One launch perturbs all weights alike in dtypes and alignment. It runs as a whole or not at all, and may be done again:
-    by the sums that perturbing left, the kernel knows what it finds (``kernels.move``). So the journal is the number of
-    launches whose weights are perturbed, and whether the next one may have run.
+    by the sums that perturbing left, the kernel knows what it finds (``kernels.move``).
     """
 
     def __init__(self, views: list[WeightView], noise: str, restore: str, group: Sequence[WeightView]):
@@ -44,7 +43,7 @@ class TritonPlan:
         self._launches: list[Launch] = []
         self._stds: list[Tensor] = []  # of each weight (rows, 1)
         self._marks = Flags(len(views), self._device)
-        self._perturbed, self._in_doubt = 0, False
+        self._journal = Journal()
         self._sigma = 0.0
         self._key: Key | None = None  # of the sums that the launches hold
         self._clean: list[Tensor] = []
@@ -75,23 +74,24 @@ class TritonPlan:
                     self._clean = [rows_of(view).clone() for view in self.views]
             self._key = key
             _count_writes(self.views)
-            while self._perturbed < len(self._launches):
-                self._perturb_next(again or self._in_doubt)
+            while self._journal.perturbed < len(self._launches):
+                self._perturb_next(again or self._journal.in_doubt)
 
     def restore(self) -> None:
-        if self._perturbed == 0 and not self._in_doubt:
+        if self._journal == Journal():
             return
         with writing(), _on(self._device):
             _count_writes(self.views)
             if self._restore == "copy":
                 self._put_copy_back()
             else:
-                if self._in_doubt:
+                if self._journal.in_doubt:
                     self._perturb_next(True)
                 how = TOGGLE if self._restore == "reversible" else SUBTRACT
-                while self._perturbed:
-                    self._move(self._launches[self._perturbed - 1], how, RESTORE)
-                    self._perturbed -= 1
+                for number in reversed(range(self._journal.perturbed)):
+                    self._journal = Journal(number, in_doubt=True)
+                    self._move(self._launches[number], how, RESTORE)
+                    self._journal = Journal(number)
             self._marks.send()
 
     def written(self, wait: bool = False) -> list[WeightView]:
@@ -102,15 +102,14 @@ class TritonPlan:
         self._clean = []
 
     def _demand_clean(self, what: str) -> None:
-        if self._perturbed or self._in_doubt:
+        if self._journal != Journal():
             raise RuntimeError(f"{self.views[0].weight.path} and others are perturbed: call restore() before {what}")
 
     def _perturb_next(self, again: bool) -> None:
-        self._in_doubt = True
-        how = TOGGLE if self._restore == "reversible" else ADD
-        self._move(self._launches[self._perturbed], how, RESUME if again else PERTURB)
-        self._perturbed += 1
-        self._in_doubt = False
+        number, how = self._journal.perturbed, TOGGLE if self._restore == "reversible" else ADD
+        self._journal = Journal(number, in_doubt=True)
+        self._move(self._launches[number], how, RESUME if again else PERTURB)
+        self._journal = Journal(number + 1)
 
     def _move(self, launch: "Launch", how: constexpr, stage: constexpr) -> None:
         assert self._key is not None
@@ -120,11 +119,11 @@ class TritonPlan:
             launch.move(back, REVERT, self._key, self._sigma, self._marks.on_device)
 
     def _put_copy_back(self) -> None:
-        done = self._launches if self._perturbed == 0 and not self._in_doubt else self._launches[: self._perturbed]
-        for launch in done:
+        # what stood clean before is looked at, too; not the one that may have been perturbed or not
+        for launch in self._launches if self._journal == Journal() else self._launches[: self._journal.perturbed]:
             launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.on_device)
         torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
-        self._perturbed, self._in_doubt = 0, False
+        self._journal = Journal()
 
     def _look(self) -> None:
         """Follow the weights and updates where they changed; the table goes to the device if something in it did."""
@@ -141,6 +140,13 @@ class TritonPlan:
             stds = {n: std for launch, some in zip(self._launches, by_kind.values()) for n, std in zip(some, launch.stds_of)}
             self._stds = [stds[number] for number in range(len(entries))]
         self._entries, self._seen = entries, Seen.of(self.views)  # the square sums may be new
+
+
+class Journal(NamedTuple):
+    """How far a plan is: its first ``perturbed`` launches' weights are perturbed; the next one's may be, if ``in_doubt``."""
+
+    perturbed: int = 0
+    in_doubt: bool = False
 
 
 class Seen(NamedTuple):

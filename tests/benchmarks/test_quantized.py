@@ -1,0 +1,83 @@
+"""benchmarks.quantized on a model of its own that trains in a moment."""
+
+import json
+
+import pytest
+import torch
+from conftest import Mlp, batch
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("peft")
+from benchmarks.quantized import report, study
+from benchmarks.quantized.methods import METHOD, Trainer, group_noise
+
+
+class Toy:
+    name, targets, rank, lr, batch, steps, dtype = "toy", ("first", "second"), 2, 1e-2, 4, 6, torch.float32
+
+    def model(self):
+        torch.manual_seed(0)
+        return Mlp().eval()
+
+    def train(self, seed):
+        return batch(seed=seed)
+
+    def evaluation(self, part):
+        return batch(seed={"validation": 7, "test": 8, "ood": 9}[part])
+
+    @staticmethod
+    def loss_and_accuracy(model, batch):
+        logits = model(batch[0])
+        return cross_entropy(logits, batch[1]), (logits.argmax(1) == batch[1]).float().mean()
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return Trainer(Toy())
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
+    clean = [layer.rows.clone() for layer in trainer.layers]
+    config = study.make_config(trainer.task, method, study.MIDDLE[method], 1e-2)
+    trainer.run(config, 3)
+    first = [p.detach().clone() for p in trainer.parameters]
+    assert all(torch.equal(w, layer.rows) for w, layer in zip(clean, trainer.layers))
+    assert all(layer.B.abs().sum() > 0 for layer in trainer.layers)
+    trainer.run(config, 3)
+    assert all(torch.equal(a, p) for a, p in zip(first, trainer.parameters))
+
+
+def test_methods_at_strength_0_are_plain(trainer):
+    trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
+    plain = [p.detach().clone() for p in trainer.parameters]
+    for method in METHOD:
+        trainer.run(study.make_config(trainer.task, method, 0.0, 1e-2), 3)
+        assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(plain, trainer.parameters)), method
+
+
+def test_group_noise_has_the_std_of_rounding():
+    w = torch.randn(64, 256)
+    noise = group_noise(w, 64, 4, torch.Generator().manual_seed(0))
+    step = w.view(64, 4, 64).abs().amax(-1, keepdim=True) / 7
+    assert (noise.view(64, 4, 64) / step).std().item() == pytest.approx(12**-0.5, rel=0.02)
+    assert noise.abs().max() <= step.max() / 2
+
+
+def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_trainer", trainer)
+    monkeypatch.setitem(report.TITLES, "toy", "toy")
+    monkeypatch.setattr(report, "TaskOnly", lambda name: Toy())
+    store = study.Store(tmp_path / "quantized_toy.json")
+    store.environment, lr = {"device": "here"}, dict.fromkeys(study.STRENGTHS, 1e-2)
+    store.chosen = {"seeds": [], "lr": lr, "strength": study.MIDDLE}
+    for name, config in study.rows(Toy(), store.chosen).items():
+        for seed in range(report.LEAST_SEEDS if "group" in name or "flat" in name or name == "plain" else 0):
+            store.runs[store.key(config, seed)] = {"config": config, "seed": seed, "metrics": study._run(config, seed)}
+    store.save()
+    report.write(tmp_path, ["toy"])
+    text = (tmp_path / "quantized.md").read_text()
+    assert "| flat σ 0.1 | 6 |" in text
+    assert (tmp_path / "quantized_toy.png").exists()
+    again = study.Store(tmp_path / "quantized_toy.json")
+    assert again.runs == json.loads(json.dumps(store.runs))

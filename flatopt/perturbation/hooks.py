@@ -48,6 +48,7 @@ class Doors:
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
+                self.forget_first_pass()
                 self._memory = None
             self.perturb()
         elif threading.get_ident() != weights.thread:
@@ -139,10 +140,14 @@ class Doors:
     def first_pass(self, inputs: Any) -> None:
         """Take down what a root reads without gradients before a step: the first pass of a cache of gradients, maybe."""
         if len(self._first_pass) < 256:
+            self._clock = _backwards_so_far()
             self._first_pass.update(
                 (t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel()
             )
-            self._clock = _backwards_so_far()
+
+    def forget_first_pass(self) -> None:
+        """A step came in between: what is read with gradients after it is no second pass."""
+        self._first_pass = {}
 
     def refuse_second_pass(self, module: nn.Module, inputs: Any) -> None:
         """Raise if the same was read without gradients before, and a backward ran in between: it used what clean W gave."""

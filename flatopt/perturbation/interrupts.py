@@ -20,8 +20,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in _WAIT}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    handlers = {number: handler for number in _WAIT if callable(handler := signal.getsignal(number))}
     waiting: list[tuple[int, FrameType | None]] = []
     waits = True
 
@@ -29,7 +28,7 @@ def uninterrupted() -> Iterator[None]:
         if waits:
             waiting.append((number, frame))
         else:  # not taken off yet
-            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
+            handlers[signal.Signals(number)](number, frame)
 
     try:
         for number in handlers:

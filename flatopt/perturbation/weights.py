@@ -22,6 +22,7 @@ from ..ops import Plan, plan, writing
 from .forward import ForwardPlan, own_forwards
 from .interrupts import uninterrupted
 from .noise import NoiseRequest
+from .noisy_layers import install
 
 RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
@@ -227,6 +228,10 @@ class PerturbedWeights:
 
     def attach(self) -> None:
         _attached.add(self)
+        for group in self.groups:
+            for weight in group["targets"]:
+                if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
+                    install(weight.owner)
 
     def detach(self) -> None:
         try:

@@ -38,13 +38,14 @@ def test_all_others_come_back_and_the_next_step_is_right(write, end):
     model(x).sum().backward()
     owner = model.base_model.model.second.base_layer
     write(owner)
+    ends = {
+        "step": optimizer.step,
+        "restore": optimizer.restore,
+        "eval forward": lambda: model.eval()(x),
+        "state_dict": model.state_dict,
+    }
     with pytest.raises(RuntimeError, match=r"second\.weight was written to or replaced"):
-        {
-            "step": optimizer.step,
-            "restore": optimizer.restore,
-            "eval forward": lambda: model.eval()(x),
-            "state_dict": model.state_dict,
-        }[end]()
+        ends[end]()
     model.train()
     assert set(changed(model, before)) <= {NAME}
     assert not optimizer.is_perturbed

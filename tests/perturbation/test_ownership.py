@@ -133,6 +133,7 @@ def methods_of_peft():
 @pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])
 @pytest.mark.parametrize("how", ["detach", "with", "with that raises", "del"])
 def test_nothing_stays_behind(how, restore):
+    gc.collect()  # optimizers of other tests
     model = lora_mlp()
     model(batch()[0])
     classes, hooks, before = methods_of_peft(), hooks_on(model), frozen(model)

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
-from ..core.checks import check
+from ..adapters.registry import find_weights
+from ..core.checks import check, check_lasting
 from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
@@ -121,6 +122,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         for group in self.perturb_groups:
             check_group(group)
             for weight in group["targets"]:
+                check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
         refuse_overlapping(weights)
@@ -235,6 +237,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         for group in self.perturb_groups:
             check_group(group, self)
         self._warn_past_the_end()
+        if self._doors.adapters_changed:
+            self._doors.adapters_changed = False
+            self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
         self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
@@ -419,6 +424,19 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "weights, was called instead of the module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
             "the forward, or step(closure)); or step() was called twice.",
         )
+
+    def _warn_adapted_later(self) -> None:
+        mine = {(weight.owner, weight.name) for weight in self._weights.weights()}
+        try:
+            later = [weight.path for weight in find_weights(self._roots) if (weight.owner, weight.name) not in mine]
+        except ValueError as error:  # a layer that cannot be perturbed
+            later = [str(error)]
+        if later:
+            self._warn_once(
+                f"adapted later: {later}",
+                f"adapted since FlatPerturbOptimizer was made, so without noise: {', '.join(later)}. Call detach() and make a "
+                "new one around optimizer.optimizer, which gives them noise; step and seed go on",
+            )
 
     def _warn_past_the_end(self) -> None:
         total = self._total_steps

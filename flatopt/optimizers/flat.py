@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
@@ -103,15 +104,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         shared: bool = False,
     ):
         self._wrap(optimizer)
-        layer: Any = optimizer
-        while layer is not None:
-            if isinstance(layer, FlatPerturbOptimizer):
-                raise TypeError(
-                    "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
-                    "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
-                    "FlatPerturbOptimizer"
-                )
-            layer = layer.__dict__.get("optimizer")
+        if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
+            raise TypeError(
+                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
+                "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
+                "FlatPerturbOptimizer"
+            )
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
@@ -148,6 +146,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             (inner.register_step_post_hook, FlatPerturbOptimizer._after_inner_step),
             (inner.register_state_dict_pre_hook, FlatPerturbOptimizer._before_inner_state_dict),
             (inner.register_load_state_dict_post_hook, FlatPerturbOptimizer._after_inner_load),
+            (register_optimizer_step_pre_hook, FlatPerturbOptimizer._before_any_step),
         ):
             handles.append(register(_weakly(myself, hook)))  # type: ignore[operator]
         layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
@@ -330,6 +329,23 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._adopt(self.param_groups)
             self.step_count += 1
 
+    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
+        subject = "another optimizer"
+        if self._weights.state == CLEAN or subject in self._told or not isinstance(optimizer, Optimizer):
+            return
+        inner = self.innermost
+        if inner in _chain(optimizer) or optimizer in _chain(self):
+            return
+        mine = {id(p) for group in inner.param_groups for p in group["params"]}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            self._warn_once(
+                subject,
+                f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
+                "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise and "
+                "the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
+            )
+
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
         super().zero_grad(*args, **kwargs)
@@ -482,6 +498,16 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
         for handle in handles:
             handle.remove()
         release()
+
+
+def _chain(optimizer: Any) -> "list[Any]":
+    """An optimizer and those it wraps, the outermost first."""
+    chain: list[Any] = []
+    while optimizer is not None and optimizer not in chain:
+        chain.append(optimizer)
+        held = optimizer.__dict__
+        optimizer = held.get("optimizer", held.get("_base_optimizer"))
+    return chain
 
 
 def _first_parameter(optimizer: Optimizer) -> int:

@@ -433,7 +433,7 @@ def _refuse_written(lost: "Sequence[WeightView]") -> None:
         raise RuntimeError(
             f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
             "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
-            "say), call optimizer.restore()"
+            "functional_call on copies), call optimizer.restore()"
         )
 
 

@@ -15,7 +15,9 @@ from flatopt import FlatPerturbOptimizer, register_low_rank
 
 def wrap(model, targets=None, **settings):
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    return FlatPerturbOptimizer(optimizer, model if targets is None else targets, **{"sigma": 0.3, "schedule": "constant", **settings})
+    return FlatPerturbOptimizer(
+        optimizer, model if targets is None else targets, **{"sigma": 0.3, "schedule": "constant", **settings}
+    )
 
 
 class Spy:
@@ -82,7 +84,9 @@ def test_generate_sees_clean_weights_and_toggles_them_twice(mode):
     for name in ("suspend", "resume"):
         move = getattr(optimizer._weights, name)
         monitored = lambda move=move, name=name: (  # noqa: E731
-            moves.append(name) if optimizer._weights.state == {"suspend": "perturbed", "resume": "suspended"}[name] else None,
+            moves.append(name)
+            if optimizer._weights.state == {"suspend": "perturbed", "resume": "suspended"}[name]
+            else None,
             move(),
         )
         setattr(optimizer._weights, name, monitored)
@@ -356,12 +360,16 @@ def test_an_adapter_that_is_initialised_from_w_amid_a_step_is_that_of_clean_w():
             x, y = batch()
             nn.functional.cross_entropy(model(x), y).backward()
             assert optimizer.is_perturbed
-        model.add_adapter("principal", LoraConfig(r=2, target_modules=["first", "second", "head"], init_lora_weights="pissa"))
+        model.add_adapter(
+            "principal", LoraConfig(r=2, target_modules=["first", "second", "head"], init_lora_weights="pissa")
+        )
         assert not optimizer.is_perturbed
         after = frozen(model)
         optimizer.step()
         assert not changed(model, after)  # what PiSSA wrote to W stays
-        added.append({name: p.detach().clone() for name, p in model.named_parameters() if "principal" in name or "base" in name})
+        added.append(
+            {name: p.detach().clone() for name, p in model.named_parameters() if "principal" in name or "base" in name}
+        )
     for name in added[0]:
         if "default" not in name:
             assert torch.equal(added[0][name], added[1][name]), name

@@ -130,7 +130,8 @@ def _owner(layer: nn.Module, base: Any, path: str) -> tuple[nn.Module, str, str]
                     return module, name, joined(inner, name)
     raise ValueError(
         f"base() of {path} ({type(layer).__name__}) must return an nn.Parameter of that module or of one inside it, or "
-        f"(owner module, parameter name), got {type(base).__name__}"
+        f"(owner module, parameter name), got {type(base).__name__}. A weight that is computed anew in each forward (a "
+        "parametrization, spectral or weight norm) cannot be perturbed: fold it into a plain parameter first"
     )
 
 

@@ -1,6 +1,7 @@
 """Whether a weight can be perturbed as it stands now."""
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..adapters.forwards import unsupported_reason
 from ..adapters.quantized import format_of
@@ -70,3 +71,23 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         )
     if getattr(weight.owner.__dict__.get("_hf_hook"), "offload", False):
         raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
+
+
+def check_lasting(weight: AdaptedWeight) -> None:
+    """Raise where each forward writes to the weight or makes it anew; asked once, when an optimizer is made.
+
+    Raises:
+        ValueError: an embedding with ``max_norm``, a parametrization, the older spectral and weight norm, pruning.
+    """
+    owner, name = weight.owner, weight.name
+    if getattr(owner, "max_norm", None) is not None and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        raise ValueError(
+            f"{weight.path}: its embedding has max_norm, which scales the rows it reads in each forward, so no clean value "
+            "would be left to come back to. Set max_norm=None, or leave it out with [{'modules': [...]}]"
+        )
+    if parametrize.is_parametrized(owner, name) or {f"{name}_orig", f"{name}_g"} & owner._parameters.keys():
+        raise ValueError(
+            f"{weight.path} is computed anew in each forward (a parametrization, spectral or weight norm, pruning), which "
+            "would wipe the noise out. Fold it into a plain parameter (parametrize.remove_parametrizations, "
+            "remove_spectral_norm, remove_weight_norm, prune.remove), or leave it out with [{'modules': [...]}]"
+        )

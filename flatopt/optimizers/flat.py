@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
-from ..core.checks import check
+from ..adapters.registry import find_weights
+from ..core.checks import check, check_lasting
 from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
@@ -102,6 +104,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         shared: bool = False,
     ):
         self._wrap(optimizer)
+<<<<<<< HEAD
         layer: Any = optimizer
         while layer is not None:
             if isinstance(layer, FlatPerturbOptimizer):
@@ -112,6 +115,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                     "one FlatPerturbOptimizer"
                 )
             layer = layer.__dict__.get("optimizer")
+=======
+        if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
+            raise TypeError(
+                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
+                "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
+                "FlatPerturbOptimizer"
+            )
+>>>>>>> doors
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
@@ -122,6 +133,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         for group in self.perturb_groups:
             check_group(group)
             for weight in group["targets"]:
+                check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
         refuse_overlapping(weights)
@@ -152,6 +164,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             (inner.register_step_post_hook, FlatPerturbOptimizer._after_inner_step),
             (inner.register_state_dict_pre_hook, FlatPerturbOptimizer._before_inner_state_dict),
             (inner.register_load_state_dict_post_hook, FlatPerturbOptimizer._after_inner_load),
+            (register_optimizer_step_pre_hook, FlatPerturbOptimizer._before_any_step),
         ):
             handles.append(register(_weakly(myself, hook)))
         layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
@@ -242,6 +255,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         for group in self.perturb_groups:
             check_group(group, self)
         self._warn_past_the_end()
+        if self._doors.adapters_changed:
+            self._doors.adapters_changed = False
+            self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
         try:
@@ -332,6 +348,23 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._drawn = False
             self._adopt(self.param_groups)
             self.step_count += 1
+
+    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
+        subject = "another optimizer"
+        if self._weights.state == CLEAN or subject in self._told or not isinstance(optimizer, Optimizer):
+            return
+        inner = self.innermost
+        if inner in _chain(optimizer) or optimizer in _chain(self):
+            return
+        mine = {id(p) for group in inner.param_groups for p in group["params"]}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            self._warn_once(
+                subject,
+                f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
+                "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise and "
+                "the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
+            )
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
@@ -429,6 +462,19 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "the forward, or step(closure)); or step() was called twice.",
         )
 
+    def _warn_adapted_later(self) -> None:
+        mine = {(weight.owner, weight.name) for weight in self._weights.weights()}
+        try:
+            later = [weight.path for weight in find_weights(self._roots) if (weight.owner, weight.name) not in mine]
+        except ValueError as error:  # a layer that cannot be perturbed
+            later = [str(error)]
+        if later:
+            self._warn_once(
+                f"adapted later: {later}",
+                f"adapted since FlatPerturbOptimizer was made, so without noise: {', '.join(later)}. Call detach() and make a "
+                "new one around optimizer.optimizer, which gives them noise; step and seed go on",
+            )
+
     def _warn_past_the_end(self) -> None:
         total = self._total_steps
         if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
@@ -474,6 +520,16 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
         for handle in handles:
             handle.remove()
         release()
+
+
+def _chain(optimizer: Any) -> "list[Any]":
+    """An optimizer and those it wraps, the outermost first."""
+    chain: list[Any] = []
+    while optimizer is not None and optimizer not in chain:
+        chain.append(optimizer)
+        held = optimizer.__dict__
+        optimizer = held.get("optimizer", held.get("_base_optimizer"))
+    return chain
 
 
 def _first_parameter(optimizer: Optimizer) -> int:

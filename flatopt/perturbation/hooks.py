@@ -36,6 +36,8 @@ class Doors:
         self._memory: set[int] | None = None
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
         self._clock = 0
+        self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+        self.adapters_changed = False  # maybe: somebody called a method that can
 
     # --- what a forward wants ---------------------------------------------------------------------------------------
 
@@ -60,7 +62,12 @@ class Doors:
             weights.suspend()
 
     def clean_inside(self, module: nn.Module) -> None:
+<<<<<<< HEAD
         """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
+=======
+        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
+        self.adapters_changed = True
+>>>>>>> doors
         weights = self.weights
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
@@ -86,6 +93,20 @@ class Doors:
         for tensor in _tensors(output):
             if tensor.requires_grad and not tensor.is_leaf:
                 tensor.register_hook(self._before_backward)
+
+    def refuse_in_backward(self, output: Any) -> None:
+        """The graph behind ``output`` was made at W in eval mode: its backward fails at W + ε, and should say why."""
+        for tensor in _tensors(output):
+            if tensor.requires_grad and not tensor.is_leaf:
+                tensor.register_hook(self._clean_graph_in_backward)
+
+    def _clean_graph_in_backward(self, grad: Tensor) -> None:
+        if self.weights is not None and self.weights.state == PERTURBED and not self.weights.held:
+            raise RuntimeError(
+                "a forward in eval mode made a graph at clean weights, then a training forward opened the step, and this "
+                "backward goes through both. Give the module around both as targets, call optimizer.perturb() before the "
+                "first forward, or run the one in eval mode without gradients"
+            )
 
     def _before_backward(self, grad: Tensor) -> None:
         if self.weights is not None and self.weights.state == SUSPENDED:
@@ -114,9 +135,12 @@ class Doors:
     # --- modules that are not ours but hold our memory --------------------------------------------------------------
 
     def watch_strangers(self) -> None:
-        """Until the next training forward, any module that shares the weights' memory (a teacher, a tied head) is a door."""
+        """Until the next training forward, any module that shares the weights' memory (a teacher, a tied head) is a door.
+
+        Not where torch.compile is in use: it would compile anew whenever this hook comes or goes.
+        """
         weights = self.weights
-        if weights is None or self._strangers is not None or weights.held:
+        if weights is None or self._strangers is not None or weights.held or _compiles():
             return
         self._strangers = register_module_forward_pre_hook(self._stranger)
 
@@ -216,7 +240,7 @@ class BeforeRoot(_Hook):
         doors = self.doors
         if doors is None or doors.weights is None:
             return
-        trains = module.training and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled() and (module.training or _in_training_module())
         if getattr(module, "_is_replica", False):
             if trains and doors.weights.state != PERTURBED:
                 raise RuntimeError(
@@ -229,6 +253,7 @@ class BeforeRoot(_Hook):
             doors.recomputed(module)
             return
         doors.trains[module] = trains
+        doors.inside.add(module)
         if trains:
             doors.by_owner = False
             doors.forget_strangers()
@@ -248,9 +273,14 @@ class AfterRoot(_Hook):
         if doors is None or doors.weights is None:
             return
         trains = doors.trains.get(module)
-        if trains and doors.weights.state == PERTURBED and not _in_backward():
+        if _in_backward():
+            return
+        doors.inside.discard(module)
+        if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
             doors.watch_strangers()
+        elif trains is False and torch.is_grad_enabled():
+            doors.refuse_in_backward(output)
 
 
 class BeforeOwner(_Hook):
@@ -261,7 +291,11 @@ class BeforeOwner(_Hook):
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and module.training
+<<<<<<< HEAD
         if trains is (doors.weights.state == PERTURBED) and not (trains and doors.by_owner):
+=======
+        if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains):
+>>>>>>> doors
             return
         self.decide(module, doors)
 
@@ -308,6 +342,24 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
         handles.append(owner.register_state_dict_pre_hook(clean_first))
         handles.append(owner._register_load_state_dict_pre_hook(clean_first))
     return handles
+
+
+def _in_training_module() -> bool:
+    """Whether the root that is called is part of a module in train mode whose forward runs (a VLM's tower in eval mode)."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module.training:
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _compiles() -> bool:
+    """Whether torch.compile has been used in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"]["total"])
 
 
 def _in_backward() -> bool:

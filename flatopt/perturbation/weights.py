@@ -375,7 +375,6 @@ class GroupLook:
         for view in self.views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
         keys: list[Any] = []
-        changed: list[WeightView] = []
         for batch in batches.values():
             found = batch[0].weight.adapter.update_key([view.weight for view in batch])
             found = [object() for _ in batch] if found is None else found  # equal to nothing
@@ -387,10 +386,7 @@ class GroupLook:
                     assert view.parameter is not None
                     mine = local_update(update, view.parameter)
                     view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
-                changed += news
             keys += found
-        if changed:
-            self.plans = []
         self._keys = keys
 
     def note_versions(self) -> None:
@@ -441,9 +437,15 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def _refuse_written(lost: "Sequence[WeightView]") -> None:
     if lost:
         raise RuntimeError(
+<<<<<<< HEAD
             f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
             "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
             "EMA, say), call optimizer.restore()"
+=======
+            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
+            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
+            "functional_call on copies), call optimizer.restore()"
+>>>>>>> doors
         )
 
 

@@ -1,0 +1,192 @@
+"""functional_call, vmap, threads and inference mode in the middle of a step: right, or an error that says what to do."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+from helpers import batch, changed, frozen, lora_mlp, trainable
+
+from flatopt import FlatPerturbOptimizer
+
+
+@pytest.fixture
+def model():
+    return lora_mlp()
+
+
+@pytest.fixture
+def before(model):
+    return frozen(model)
+
+
+def amid_a_step(model, **settings):
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    optimizer = FlatPerturbOptimizer(optimizer, model, **{"sigma": 0.3, "schedule": "constant", **settings})
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert optimizer.is_perturbed
+    return optimizer
+
+
+def copies(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_functional_call_on_clean_copies_says_to_restore_first(model, before):
+    x, _ = batch()
+    clean = copies(model)
+    with torch.no_grad():
+        want = torch.func.functional_call(model, clean, (x,))
+    optimizer = amid_a_step(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"first.*replaced.*functional_call.*optimizer\.restore\(\)"):
+        torch.func.functional_call(model, clean, (x,))
+    assert not changed(model, before)
+    with torch.no_grad():
+        assert torch.equal(want, torch.func.functional_call(model, clean, (x,)))
+    optimizer.step()
+    assert not changed(model, before)
+    optimizer = amid_a_step(model)
+    optimizer.restore()
+    with torch.no_grad():
+        assert torch.equal(want, torch.func.functional_call(model, clean, (x,)))
+
+
+def test_a_training_functional_call_on_copies_leaves_copies_and_weights_as_they_were(model, before):
+    x, y = batch()
+    given = copies(model)
+    kept = {name: p.clone() for name, p in given.items()}
+    optimizer = amid_a_step(model)
+    nn.functional.cross_entropy(torch.func.functional_call(model, given, (x,)), y)
+    assert all(torch.equal(given[name], kept[name]) for name in kept)
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_a_step_that_a_functional_call_would_open(model, before):
+    """The noise goes to what stands in the layers: the copies, or nothing."""
+    x, y = batch()
+    given = copies(model)
+    kept = {name: p.clone() for name, p in given.items()}
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    optimizer = FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant")
+    try:
+        nn.functional.cross_entropy(torch.func.functional_call(model, given, (x,)), y)
+        optimizer.restore()
+    except RuntimeError as error:
+        assert "replaced" in str(error)  # noqa: PT017
+    assert not changed(model, before)
+    assert not optimizer.is_perturbed
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not changed(model, before)
+    assert kept.keys() == given.keys()
+
+
+def test_vmap_over_inputs(model, before):
+    x, _ = batch()
+    with torch.no_grad():
+        want = torch.stack([model(row) for row in x])
+    optimizer = amid_a_step(model)
+    with torch.no_grad():
+        got = torch.vmap(model)(x)
+    torch.testing.assert_close(want, got)
+    noisy = torch.vmap(model)(x)
+    assert not torch.allclose(noisy, want)
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_a_step_opened_under_vmap(model, before):
+    x, _ = batch()
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    optimizer = FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant")
+    torch.vmap(model)(x).square().mean().backward()
+    assert optimizer.is_perturbed
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_an_evaluation_in_another_thread_amid_a_step_is_refused(model, before):
+    optimizer = amid_a_step(model)
+    x, y = batch()
+    said = []
+
+    def evaluate():
+        try:
+            with torch.no_grad():
+                model(x)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    thread.join()
+    assert len(said) == 1
+    assert "another thread" in said[0]
+    assert "on a copy of the model" in said[0]
+    assert optimizer.is_perturbed
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_an_evaluation_in_another_thread_between_steps(model):
+    optimizer = amid_a_step(model)
+    optimizer.step()
+    x, _ = batch()
+    outputs = []
+
+    def evaluate():
+        with torch.no_grad():
+            outputs.append(model(x))
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    thread.join()
+    with torch.no_grad():
+        assert torch.equal(outputs[0], model(x))
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])
+def test_inference_mode_amid_a_step(model, before, restore):
+    x, y = batch()
+    with torch.inference_mode():
+        want = model(x)
+    optimizer = amid_a_step(model, restore=restore)
+    loss = nn.functional.cross_entropy(model(x), y)
+    with torch.inference_mode():
+        got = model(x)
+    assert torch.equal(want, got)
+    loss.backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_a_step_in_inference_mode_and_after_it(model, before):
+    optimizer = amid_a_step(model)
+    with torch.inference_mode():
+        optimizer.restore()
+    assert not changed(model, before)
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_a_model_made_in_inference_mode_says_so_or_trains():
+    with torch.inference_mode():
+        model = lora_mlp()
+    x, _ = batch()
+    parameters = [nn.Parameter(torch.zeros(1))]
+    try:
+        optimizer = FlatPerturbOptimizer(torch.optim.SGD(parameters, lr=0.1), model, sigma=0.3, schedule="constant")
+        before = frozen(model)
+        optimizer.perturb()
+        optimizer.restore()
+        assert not changed(model, before)
+    except (RuntimeError, ValueError) as error:
+        assert "inference" in str(error).lower()  # noqa: PT017
+    assert x.shape == (8, 16)

@@ -104,25 +104,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         shared: bool = False,
     ):
         self._wrap(optimizer)
-<<<<<<< HEAD
-        layer: Any = optimizer
-        while layer is not None:
-            if isinstance(layer, FlatPerturbOptimizer):
-                raise TypeError(
-                    "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
-                    "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass "
-                    "several target groups to "
-                    "one FlatPerturbOptimizer"
-                )
-            layer = layer.__dict__.get("optimizer")
-=======
         if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
             raise TypeError(
-                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
-                "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
-                "FlatPerturbOptimizer"
+                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
+                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups "
+                "to one FlatPerturbOptimizer"
             )
->>>>>>> doors
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}

@@ -31,7 +31,6 @@ class Doors:
             weakref.WeakKeyDictionary()
         )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
-        self.by_owner = False  # the step was opened by a training forward that no root encloses
         self._strangers: Any = None
         self._memory: set[int] | None = None
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
@@ -62,12 +61,8 @@ class Doors:
             weights.suspend()
 
     def clean_inside(self, module: nn.Module) -> None:
-<<<<<<< HEAD
         """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
-=======
-        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
         self.adapters_changed = True
->>>>>>> doors
         weights = self.weights
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
@@ -255,7 +250,6 @@ class BeforeRoot(_Hook):
         doors.trains[module] = trains
         doors.inside.add(module)
         if trains:
-            doors.by_owner = False
             doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
@@ -291,11 +285,7 @@ class BeforeOwner(_Hook):
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and module.training
-<<<<<<< HEAD
-        if trains is (doors.weights.state == PERTURBED) and not (trains and doors.by_owner):
-=======
         if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains):
->>>>>>> doors
             return
         self.decide(module, doors)
 
@@ -309,7 +299,7 @@ class BeforeOwner(_Hook):
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
         if trains and around is None:
-            doors.by_owner = True  # so every further owner's output is listened to: backward starts at the last one
+            # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []
 
             def after(module: nn.Module, args: Any, output: Any) -> None:

@@ -437,15 +437,9 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def _refuse_written(lost: "Sequence[WeightView]") -> None:
     if lost:
         raise RuntimeError(
-<<<<<<< HEAD
             f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
             "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
-            "EMA, say), call optimizer.restore()"
-=======
-            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
-            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
-            "functional_call on copies), call optimizer.restore()"
->>>>>>> doors
+            "EMA, functional_call on copies), call optimizer.restore()"
         )
 
 

@@ -145,7 +145,7 @@ def test_inside_a_closure_and_inside_backward(run, press):
 
 
 def test_one_that_waits_is_raised_also_where_the_body_raises(press):
-    with pytest.raises(INTERRUPTS) as caught, uninterrupted():  # noqa: PT012
+    with pytest.raises(INTERRUPTS) as caught, uninterrupted():
         press()
         raise ValueError("of the body")
     assert isinstance(caught.value.__context__, ValueError)
@@ -160,7 +160,7 @@ def test_every_handler_runs_though_the_first_raises():
     }
     mine = {number: signal.getsignal(number) for number in before}
     try:
-        with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
             with uninterrupted():  # as where perturb calls a plan that does the same
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGTERM)

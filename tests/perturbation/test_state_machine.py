@@ -68,7 +68,7 @@ class Training(RuleBasedStateMachine):
         self.model = lora_mlp()
         self.merged, self.loss, self.saved = False, None, None
         self.x = batch(rows=2)[0]
-        inner = torch.optim.AdamW(trainable(self.model), lr=0.01)
+        inner = torch.optim.SGD(trainable(self.model), lr=0.01, momentum=0.9)
         self.optimizer = FlatPerturbOptimizer(
             inner, self.model, sigma=0.3, schedule="constant", restore=self.restore, seed=seed
         )

@@ -28,6 +28,11 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
             f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model "
             "with the bare optimizer: flatopt adds 8 bytes a row of W"
         )
+    if tensor.is_inference():
+        raise ValueError(
+            f"{path} was made under torch.inference_mode(): it can neither be written to nor trained through. Make or load the "
+            "model outside of it, or replace the parameter by a clone"
+        )
     reason = sharding_reason(parameter, weight.owner)
     if reason is not None:
         raise ValueError(f"{path} cannot be perturbed: {reason}")

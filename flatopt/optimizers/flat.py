@@ -107,8 +107,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
             raise TypeError(
                 "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
-                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups "
-                "to one FlatPerturbOptimizer"
+                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target "
+                "groups to one FlatPerturbOptimizer"
             )
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
@@ -349,8 +349,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._warn_once(
                 subject,
                 f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
-                "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise and "
-                "the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
+                "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise "
+                "and the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
             )
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -458,8 +458,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if later:
             self._warn_once(
                 f"adapted later: {later}",
-                f"adapted since FlatPerturbOptimizer was made, so without noise: {', '.join(later)}. Call detach() and make a "
-                "new one around optimizer.optimizer, which gives them noise; step and seed go on",
+                f"adapted since FlatPerturbOptimizer was made, so without noise: {', '.join(later)}. Call detach() and make "
+                "a new one around optimizer.optimizer, which gives them noise; step and seed go on",
             )
 
     def _warn_past_the_end(self) -> None:

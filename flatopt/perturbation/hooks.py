@@ -96,10 +96,11 @@ class Doors:
                 tensor.register_hook(self._clean_graph_in_backward)
 
     def _clean_graph_in_backward(self, grad: Tensor) -> None:
-        if self.weights is not None and self.weights.state == PERTURBED and not self.weights.held:
+        weights = self.weights
+        if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
             raise RuntimeError(
-                "a forward in eval mode made a graph at clean weights, then a training forward opened the step, and this "
-                "backward goes through both. Give the module around both as targets, call optimizer.perturb() before the "
+                "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made its "
+                "graph at clean weights, then a training forward opened the step. Give the module around both as targets, call optimizer.perturb() before the "
                 "first forward, or run the one in eval mode without gradients"
             )
 

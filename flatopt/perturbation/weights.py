@@ -244,6 +244,10 @@ class PerturbedWeights:
     def weights(self) -> "list[AdaptedWeight]":
         return [weight for group in self.groups for weight in group["targets"]]
 
+    def writes(self) -> bool:
+        """Whether any of this step's noise is in W itself, not in a layer's forward."""
+        return any(not isinstance(each, ForwardPlan) for each in self._plans)
+
     def lie_inside(self, module: nn.Module) -> bool:
         """Whether any of the weights, or a layer that adapts one, is part of ``module``."""
         inside = set(module.modules())

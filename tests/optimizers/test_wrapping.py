@@ -116,7 +116,7 @@ def test_accelerate_counts_optimizer_steps(model, before, bare, order):
 
 
 class GroupByGroup(torch.optim.Optimizer):
-    """Steps one optimizer a group through the wrapped one's own step, its param groups cut down each time, as ZeRO-1/2 do."""
+    """Steps the wrapped optimizer once a group, its param groups cut down to that one each time, as ZeRO-1/2 do."""
 
     def __init__(self, inner):
         self.optimizer = inner
@@ -276,7 +276,7 @@ def test_detach_leaves_a_bare_optimizer_and_model(model, before, bare):
 
 
 def test_a_with_block_detaches_after_an_error_too(model, before, bare):
-    with pytest.raises(KeyError), wrap(bare, model) as optimizer:
+    with pytest.raises(KeyError), wrap(bare, model) as optimizer:  # noqa: PT012
         backward(model)
         assert optimizer.is_perturbed
         raise KeyError

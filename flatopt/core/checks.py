@@ -30,8 +30,8 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         )
     if tensor.is_inference():
         raise ValueError(
-            f"{path} was made under torch.inference_mode(): it can neither be written to nor trained through. Make or load the "
-            "model outside of it, or replace the parameter by a clone"
+            f"{path} was made under torch.inference_mode(): it can neither be written to nor trained through. Make or load "
+            "the model outside of it, or replace the parameter by a clone"
         )
     reason = sharding_reason(parameter, weight.owner)
     if reason is not None:

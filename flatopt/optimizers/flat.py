@@ -107,8 +107,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
             raise TypeError(
                 "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
-                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target "
-                "groups to one FlatPerturbOptimizer"
+                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several "
+                "target groups to one FlatPerturbOptimizer"
             )
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")

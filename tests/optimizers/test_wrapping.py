@@ -276,7 +276,7 @@ def test_detach_leaves_a_bare_optimizer_and_model(model, before, bare):
 
 
 def test_a_with_block_detaches_after_an_error_too(model, before, bare):
-    with pytest.raises(KeyError), wrap(bare, model) as optimizer:  # noqa: PT012
+    with pytest.raises(KeyError), wrap(bare, model) as optimizer:
         backward(model)
         assert optimizer.is_perturbed
         raise KeyError

@@ -81,11 +81,11 @@ def digits(seed: int, tiny: bool):
     def new(index):
         return {"encoder_hidden_states": table[10].expand(len(index), 1, 32)}
 
-    train(unet, scheduler, images[:1400], old, 5 if tiny else 600, 64, 1e-3, seed, "source UNet")
-    turned = images[1400:].rot90(1, (2, 3))
+    train(unet, scheduler, images[:1400], old, 5 if tiny else 600, 4 if tiny else 64, 1e-3, seed, "source UNet")
+    turned, many = images[1400:].rot90(1, (2, 3)), 4 if tiny else 100
     held_out = {
-        "new style, held out: loss": (turned[20:120], new),
-        "old digits: loss": (images[1400:1500], lambda i: old(i + 1400)),
+        "new style, held out: loss": (turned[20 : 20 + many], new),
+        "old digits: loss": (images[1400 : 1400 + many], lambda i: old(i + 1400)),
     }
     return unet, scheduler, turned[:20], new, held_out
 

@@ -5,9 +5,9 @@
 
 Problems with one right answer each (sums, letters to count, greatest common divisors) are scored by exact match of what the
 model writes: as trained, and again after the adapter is merged and every weight rounded to 4 bits. The two runs of a seed
-differ in one line, the callback. The base is bf16 on a GPU (fp32 on a CPU, which has no fast bf16), the adapter fp32. lr was
-tuned for the plain run; sigma comes from ``flatopt.flatness.sigma_range_test``. A GPU takes a few minutes a seed, two CPU
-cores over an hour.
+differ in one line, the callback. The base is bf16 on a GPU (fp32 on a CPU, which has no fast bf16), the adapter fp32. lr and
+sigma are starting points, not tuned here: in docs/results/quantized.md twice the lr kept as much after rounding as noise did on
+this model, so sweep both. Slow on a CPU: try ``--tiny`` first.
 """
 
 import argparse

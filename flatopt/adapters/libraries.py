@@ -20,7 +20,7 @@ def _has_rank(module: Any) -> bool:
 
 def _loralib_merged_linear(module: Any) -> Factors:
     """Each of the enabled outputs (of a fused query, key, value) has factors of its own."""
-    B = torch.block_diag(*module.lora_B.chunk(sum(module.enable_lora)))  # type: ignore[no-untyped-call]
+    B = torch.block_diag(*module.lora_B.chunk(sum(module.enable_lora)))
     return module.zero_pad(B), module.lora_A, module.scaling
 
 

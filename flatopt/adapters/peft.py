@@ -286,7 +286,7 @@ def _lora(layer: Any, name: str, weight: Tensor) -> Factors | None:
     if groups > 1:  # PEFT's A reads every input, W its own group's: what lies outside W is another layer's
         ranks = A.chunk(groups) if B.shape[1] < A.shape[0] else [A] * groups  # PEFT 0.15's B reads all ranks
         A = torch.cat([some.chunk(groups, dim=1)[group] for group, some in enumerate(ranks)])
-        B = torch.block_diag(*B.flatten(1).chunk(groups))  # type: ignore[no-untyped-call]
+        B = torch.block_diag(*B.flatten(1).chunk(groups))
     A, B = A.flatten(1), B.flatten(1)
     rows, fan_in = weight.shape[0], weight.numel() // weight.shape[0]
     if transposed(layer):

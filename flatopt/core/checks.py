@@ -25,8 +25,8 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         raise ValueError(f"{path} is {type(tensor).__name__}, not a tensor: it cannot be perturbed")
     if type(tensor).__name__ == "FakeTensor":
         raise ValueError(
-            f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model with "
-            "the bare optimizer: flatopt adds 8 bytes a row of W"
+            f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model "
+            "with the bare optimizer: flatopt adds 8 bytes a row of W"
         )
     if tensor.is_inference():
         raise ValueError(

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
     from .weight import AdaptedWeight, WeightUpdate
 
 PLAIN = (Tensor, nn.Parameter)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
     return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
@@ -23,7 +26,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
     """Whether each row of ``weight`` is on one rank whole, so that its norm needs no other rank."""
-    return not is_sharded(weight) or all(p.is_replicate() or (p.is_shard() and p.dim in row_dims) for p in weight.placements)
+    return not is_sharded(weight) or all(
+        p.is_replicate() or (p.is_shard() and getattr(p, "dim", None) in row_dims) for p in weight.placements
+    )
 
 
 def first_row(weight: Tensor, layout: str) -> int:
@@ -52,7 +57,7 @@ def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
         return update
     from torch.distributed.tensor import DTensor, Replicate
 
-    def rows(tensor: "Tensor | None") -> "Tensor | None":
+    def rows(tensor: Any) -> Any:
         if tensor is None:
             return None
         if not is_sharded(tensor):

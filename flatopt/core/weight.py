@@ -99,7 +99,8 @@ class WeightView:
 
 def memory_order(weight: Tensor) -> tuple[int, ...]:
     """Dimensions as they lie in memory, rows first: flattened in this order, a channels_last kernel is still a view."""
-    return 0, *sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))
+    strides = weight.stride()
+    return 0, *sorted(range(1, weight.dim()), key=lambda d: -strides[d])
 
 
 def in_memory_order(update: WeightUpdate, weight: Tensor, layout: str) -> WeightUpdate:

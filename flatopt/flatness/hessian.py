@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -22,7 +22,7 @@ class TopEigenvalue(NamedTuple):
 
 
 def hessian_trace(
-    model: nn.Module, loss_fn: LossFn, batches: Iterable, *, draws: int = 32, seed: int = 0, targets=None
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], *, draws: int = 32, seed: int = 0, targets: Any = None
 ) -> Estimate:
     r"""The trace of the Hessian at W', :math:`\mathbb E\,v^\top H v` over random signs v (Hutchinson, 1990).
 
@@ -44,12 +44,12 @@ def hessian_trace(
 def hessian_top_eigenvalue(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 100,
     seed: int = 0,
-    targets=None,
+    targets: Any = None,
 ) -> TopEigenvalue:
     r"""The largest eigenvalue of the Hessian at W', by the Lanczos iteration from a random vector.
 
@@ -65,9 +65,11 @@ def hessian_top_eigenvalue(
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations!r}")
     with at_weights(model, loss_fn, batches, targets) as point:
-        last, v = None, [point.random(i, seed, 0) for i in range(len(point.weights))]
+        last: list[torch.Tensor] | None = None
+        v = [point.random(i, seed, 0) for i in range(len(point.weights))]
         _scale_(v, 1 / math.sqrt(_dot(v, v)))
-        diagonal, beside = [], []
+        diagonal: list[float] = []
+        beside: list[float] = []
         while True:
             w = point.hessian_times(v)
             diagonal.append(_dot(w, v))

@@ -1,7 +1,8 @@
 """The loss along filter-normalised random directions through the merged weights (Li et al., NeurIPS 2018)."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -35,12 +36,12 @@ def _direction(point: Point, seed: int, number: int) -> "list[torch.Tensor]":
 def loss_curve(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     span: float = 1.0,
     points: int = 21,
     seed: int = 0,
-    targets=None,
+    targets: Any = None,
 ) -> Curve:
     r"""The loss on a line through W': L(W' + x d), x from -``span`` to ``span``.
 
@@ -58,7 +59,7 @@ def loss_curve(
     with at_weights(model, loss_fn, batches, targets) as point:
         d, loss = _direction(point, seed, 0), []
         for x in position.tolist():
-            point.move(lambda i, x=x: d[i] * x)
+            point.move(partial(_along, d, x))
             loss.append(point.loss())
     return Curve(position, numpy.array(loss))
 
@@ -66,12 +67,12 @@ def loss_curve(
 def loss_surface(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     span: float = 1.0,
     points: int = 15,
     seed: int = 0,
-    targets=None,
+    targets: Any = None,
 ) -> Surface:
     """The loss on a plane through W', spanned by two directions as in :func:`loss_curve`; the first is the curve's own.
 
@@ -83,9 +84,17 @@ def loss_surface(
         loss = numpy.empty((points, points))
         for j, y in enumerate(position.tolist()):
             for i, x in enumerate(position.tolist()):
-                point.move(lambda k, x=x, y=y: d[k] * x + e[k] * y)
+                point.move(partial(_in_plane, d, x, e, y))
                 loss[j, i] = point.loss()
     return Surface(position, loss)
+
+
+def _along(d: "list[torch.Tensor]", x: float, index: int) -> torch.Tensor:
+    return d[index] * x
+
+
+def _in_plane(d: "list[torch.Tensor]", x: float, e: "list[torch.Tensor]", y: float, index: int) -> torch.Tensor:
+    return d[index] * x + e[index] * y
 
 
 def _positions(span: float, points: int) -> numpy.ndarray:

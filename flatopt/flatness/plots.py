@@ -81,7 +81,7 @@ def _range(panels: "Mapping[str, Mapping[str, Surface]]") -> "tuple[float, float
     return min(map(numpy.min, every)), max(map(numpy.max, every))
 
 
-def _columns(panels: Mapping) -> int:
+def _columns(panels: "Mapping[str, Mapping[str, object]]") -> int:
     return max(len(each) for each in panels.values())
 
 

@@ -23,7 +23,7 @@ class Point:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, batches: list, weights: "list[Tensor]", targets: "list[AdaptedWeight]"
+        self, model: nn.Module, loss_fn: LossFn, batches: list[Any], weights: "list[Tensor]", targets: "list[AdaptedWeight]"
     ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
         self.weights = weights
@@ -106,7 +106,7 @@ class Point:
                 summed += h / len(self._batches)
         return sums
 
-    def _batch_loss(self, batch, differentiable: bool = False) -> Tensor:
+    def _batch_loss(self, batch: Any, differentiable: bool = False) -> Tensor:
         loss = self._loss_fn(self._model, batch)
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
             raise TypeError(f"loss_fn(model, batch) must return the batch's mean loss as a scalar tensor, got {loss!r:.80}")
@@ -116,7 +116,9 @@ class Point:
 
 
 @contextmanager
-def at_weights(model: nn.Module, loss_fn: LossFn, batches: Iterable, targets=None, space: str = "full") -> "Iterator[Point]":
+def at_weights(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], targets: Any = None, space: str = "full"
+) -> "Iterator[Point]":
     """The :class:`Point` of the merged weights (``"full"``) or of the adapters' own (``"adapter"``); then all as before.
 
     ``targets``: as for :class:`flatopt.FlatPerturbOptimizer`; by default every adapted layer of ``model``.
@@ -150,7 +152,7 @@ def at_weights(model: nn.Module, loss_fn: LossFn, batches: Iterable, targets=Non
 
 
 @contextmanager
-def _merged(layers: "list[nn.Module]") -> Iterator[None]:
+def _merged(layers: "list[Any]") -> Iterator[None]:
     """PEFT layers with their adapters merged; afterwards unmerged, and their base layers' bits as they were."""
     unmerged = [layer for layer in layers if hasattr(layer, "unmerge") and not layer.merged]
     before = [

@@ -47,10 +47,10 @@ class QuantizationTest(NamedTuple):
 def quantization_test(
     model: nn.Module,
     loss_fn: ScoreFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     formats: "Sequence[str] | Mapping[str, Rounding]" = FORMATS,
-    targets=None,
+    targets: Any = None,
 ) -> QuantizationTest:
     r"""Loss and accuracy with the *merged* weights W' = W + sBA rounded to few bits and back, against full precision.
 

@@ -1,8 +1,9 @@
 """Choosing σ: how much noise the trained model bears."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,13 +26,13 @@ class RangeTest(NamedTuple):
 def sigma_range_test(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     sigmas: Sequence[float] = SIGMAS,
     threshold: float = 0.1,
     draws: int = 4,
     seed: int = 0,
-    targets=None,
+    targets: Any = None,
 ) -> RangeTest:
     r"""The expected loss over a grid of σ, and a σ to train with.
 
@@ -72,7 +73,7 @@ def _first_reaches(threshold: float, sigmas: "tuple[float, ...]", rise: "list[fl
     for sigma, value in zip(sigmas, rise):
         if not value < threshold:  # a loss that is no longer a number has reached it too
             part = (threshold - low) / (value - low) if value < float("inf") else 0.5
-            return (low_sigma**2 + part * (sigma**2 - low_sigma**2)) ** 0.5
+            return math.sqrt(low_sigma**2 + part * (sigma**2 - low_sigma**2))
         low_sigma, low = sigma, value
     warnings.warn(
         f"the loss rises by at most {max(rise):.3g}, less than the threshold {threshold:g}, up to sigma {sigmas[-1]:g}: "

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -44,11 +45,15 @@ def noise_scales(point: Point) -> "list[torch.Tensor]":
 
 def mean_rise(point: Point, clean: float, sigma: float, draws: int, seed: int, scales: "list[torch.Tensor]") -> Estimate:
     """Of the loss under the noise of Eq. 7. Each ε comes with -ε, so that the gradient's part of the rise cancels."""
+
+    def noise(draw: int, signed: float, index: int) -> torch.Tensor:
+        return point.random(index, seed, draw).mul_(scales[index]).mul_(signed)
+
     samples = []
     for draw in range(draws):
         losses = []
         for signed in (sigma, -sigma):
-            point.move(lambda i, signed=signed, draw=draw: point.random(i, seed, draw).mul_(scales[i]).mul_(signed))
+            point.move(partial(noise, draw, signed))
             losses.append(point.loss())
         samples.append(sum(losses) / 2 - clean)
     return estimate(samples)
@@ -57,12 +62,12 @@ def mean_rise(point: Point, clean: float, sigma: float, draws: int, seed: int, s
 def expected_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     sigma: float = 0.05,
     draws: int = 8,
     seed: int = 0,
-    targets=None,
+    targets: Any = None,
 ) -> Estimate:
     r"""The mean rise of the loss under the noise that Flat-LoRA trains with.
 
@@ -85,13 +90,13 @@ def expected_sharpness(
 def worst_case_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Iterable,
+    batches: Iterable[Any],
     *,
     rho: float = 0.05,
     space: str = "full",
     adaptive: bool = False,
     steps: int = 20,
-    targets=None,
+    targets: Any = None,
 ) -> WorstCase:
     r"""The largest rise of the loss within a ball, found by gradient ascent: a lower bound on the true maximum.
 

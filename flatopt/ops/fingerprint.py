@@ -51,7 +51,7 @@ class Flags:
         self.on_device = torch.zeros(size, dtype=torch.int32, device=device)
         self._waits = device.type == "cuda"
         self._on_host = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=self._waits)
-        self._sent: torch.cuda.Event | None = torch.cuda.Event() if self._waits else None  # type: ignore[no-untyped-call]
+        self._sent: torch.cuda.Event | None = torch.cuda.Event() if self._waits else None
         self._under_way = False
 
     def send(self) -> None:
@@ -66,7 +66,7 @@ class Flags:
         if not self._under_way:
             return []
         if self._sent is not None:
-            if not wait and not self._sent.query():  # type: ignore[no-untyped-call]
+            if not wait and not self._sent.query():
                 return []
             self._sent.synchronize()
         self._under_way = False

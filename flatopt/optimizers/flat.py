@@ -69,16 +69,16 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
             for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
-            again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto, fp8,
-            GPTQ, AWQ) always get the last.
+            again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto,
+            fp8, GPTQ, AWQ) always get the last.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming the value; and for targets that cannot be perturbed
-            (none found, quantised in an unknown way, merged, meta, offloaded, empty on this rank, trainable), naming the module and the way
-            out. No weight is changed then.
+            (none found, quantised in an unknown way, merged, meta, offloaded, empty on this rank, trainable), naming the
+            module and the way out. No weight is changed then.
 
     Example::
 
@@ -106,9 +106,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._wrap(optimizer)
         if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
             raise TypeError(
-                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? accelerator.prepare "
-                "after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups to one "
-                "FlatPerturbOptimizer"
+                "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
+                "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several target groups "
+                "to one FlatPerturbOptimizer"
             )
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
@@ -137,7 +137,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._take_over()
         self._weights.attach()
         myself = weakref.ref(self)
-        self._doors = Doors(self._weights, lambda: (me := myself()) and me.perturb())
+
+        def perturb() -> None:
+            if (optimizer := myself()) is not None:
+                optimizer.perturb()
+
+        self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
         handles = listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
         inner = self.innermost
@@ -148,7 +153,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             (inner.register_load_state_dict_post_hook, FlatPerturbOptimizer._after_inner_load),
             (register_optimizer_step_pre_hook, FlatPerturbOptimizer._before_any_step),
         ):
-            handles.append(register(_weakly(myself, hook)))  # type: ignore[operator]
+            handles.append(register(_weakly(myself, hook)))
         layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
         methods = dict.fromkeys(method for adapter, layer in layers for method in adapter.guarded_methods(layer))
         release = guard(methods, self._doors.clean_inside)
@@ -165,8 +170,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             other.detach_all()
             warn_user(
                 f"{weight.path} was perturbed by an older FlatPerturbOptimizer that is still referenced"
-                f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and the old "
-                "one perturbs no more. Call detach() on an optimizer that is done with, or use it as a context manager",
+                f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and "
+                "the old one perturbs no more. Call detach() on an optimizer that is done with, or use it as a context "
+                "manager",
             )
 
     def detach(self) -> None:
@@ -241,8 +247,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
-        self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
-        self._drawn, self._parts = True, set()
+        try:
+            self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
+        finally:
+            if self.is_perturbed:  # also where an interrupt waited until W was perturbed
+                self._drawn, self._parts = True, set()
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
@@ -270,7 +279,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     # --- the optimizer ----------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put W back and run the wrapped optimizer's step.
 
         With a ``closure``, W is perturbed around each of its evaluations (the same ε, however often the wrapped optimizer
@@ -284,10 +293,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self._inner_seen = False
         try:
-            if closure is None:
-                loss = self.optimizer.step()
-            else:
-                loss = self.optimizer.step(closure)
+            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
             if not self._inner_seen and self.optimizer is self.innermost:
                 self._tell_no_hooks()
                 self._after_inner_step(self.optimizer)
@@ -323,6 +329,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self.restore()
+        self._doors.forget_first_pass()
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
@@ -436,8 +443,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._warn_once(
             "unseen",
             "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
-            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without adapted "
-            "weights, was called instead of the module given as targets; targets were raw parameters, which have no forward to listen to (call perturb() before "
+            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without "
+            "adapted weights, was called instead of the module given as targets; targets were raw parameters, which have no "
+            "forward to listen to (call perturb() before "
             "the forward, or step(closure)); or step() was called twice.",
         )
 
@@ -468,15 +476,16 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         taken_over = self._weights.taken_over
         by = f", since a newer FlatPerturbOptimizer perturbs {taken_over} too and took over" if taken_over else ""
         return (
-            f"this FlatPerturbOptimizer is detached{by}: one weight can have one at a time. Step the newer one, or make a new "
-            "one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
+            f"this FlatPerturbOptimizer is detached{by}: one weight can have one at a time. Step the newer one, or make a "
+            "new one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
         )
 
     def _tell_no_hooks(self) -> None:
         self._warn_once(
             "no hooks",
-            f"{type(self.optimizer).__name__} steps without running torch's step hooks, so flatopt sees only steps made through "
-            "this FlatPerturbOptimizer: a step of the bare optimizer, or of a scheduler or framework that holds it, leaves W "
+            f"{type(self.optimizer).__name__} steps without running torch's step hooks, so flatopt sees only steps made "
+            "through this FlatPerturbOptimizer: a step of the bare optimizer, or of a scheduler or framework that holds it, "
+            "leaves W "
             "perturbed. Step the FlatPerturbOptimizer",
         )
 
@@ -528,7 +537,7 @@ def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:
     """Raise for settings that do not fit; with ``optimizer``, also where its schedule has no length yet."""
     sigma, schedule = group["sigma"], group["schedule"]
-    if isinstance(sigma, bool) or not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
+    if isinstance(sigma, bool) or not (isinstance(sigma, Real) and math.isfinite(sigma) and float(sigma) >= 0):
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
     if not callable(schedule) and schedule not in list(SCHEDULES):
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a callable, got {schedule!r}")

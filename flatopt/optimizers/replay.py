@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 
 def random_state(devices: Iterable[torch.device]) -> Callable[[], None]:
@@ -35,16 +36,16 @@ def running_statistics_kept() -> Iterator[None]:
 
     Works for any module that is called, without being told which: the optimizer knows parameters, not the model.
     """
-    kept: dict[nn.Module, list] = {}
-    handles = {}
+    kept: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    handles: dict[str, RemovableHandle] = {}
 
-    def listen(*_) -> None:
+    def listen(*_: object) -> None:
         for handle in handles.values():
             handle.remove()
         handles["before"] = register_module_forward_pre_hook(take_down)
 
     @torch.compiler.disable
-    def take_down(root: nn.Module, args) -> None:
+    def take_down(root: nn.Module, args: object) -> None:
         # only for the outermost call: a global hook seen while torch.compile traces the rest would break its graph
         handles["before"].remove()
         handles["after"] = root.register_forward_hook(listen, always_call=True)

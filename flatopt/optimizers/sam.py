@@ -139,7 +139,7 @@ class SAM(OptimizerWrapper):
         else:
             losses = []
 
-            def evaluate():
+            def evaluate() -> Any:
                 losses.append(self.backward(closure))
                 return losses[-1]
 
@@ -187,7 +187,7 @@ class SAM(OptimizerWrapper):
     def _perturbed_parameters(self) -> "list[Tensor]":
         if self.space == "full":
             for module in fsdp_modules(self._roots):
-                module.reshard()
+                module.reshard()  # type: ignore[operator]
             self._check_targets()
             parameters = [target.parameter for target in self._targets]
         else:
@@ -204,11 +204,11 @@ class SAM(OptimizerWrapper):
         if not parameters:
             self._warn_no_gradient()
             return
-        norm = _norm(_scaled_gradient(p) if self.adaptive else p.grad for p in parameters)
+        norm = _norm(_scaled_gradient(p) if self.adaptive else _gradient(p) for p in parameters)
         if not (math.isfinite(norm) and norm > 0):
             return
         for parameter in parameters:
-            w, g = local(parameter.detach()), local(parameter.grad)
+            w, g = local(parameter.detach()), local(_gradient(parameter))
             self._saved.append((w, w.clone()))
             work = torch.promote_types(w.dtype, torch.float32)
             step = g.to(work) * (self.rho / norm)
@@ -275,9 +275,14 @@ def _average_gradients(parameters: "list[Tensor]") -> None:
         parameter.grad /= torch.distributed.get_world_size()
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None  # those without one were left out
+    return parameter.grad
+
+
 def _scaled_gradient(parameter: Tensor) -> Tensor:
     work = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(work).abs() * parameter.grad.to(work)
+    return parameter.detach().to(work).abs() * _gradient(parameter).to(work)
 
 
 def _norm(tensors: "Iterable[Tensor]") -> float:
@@ -286,4 +291,4 @@ def _norm(tensors: "Iterable[Tensor]") -> float:
     for tensor in tensors:
         norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).item()
+    return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 Schedule = str | Callable[[float], float]
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 - math.cos(math.pi * progress)),
     "linear": lambda progress: progress,
     "constant": lambda progress: 1.0,
@@ -20,6 +20,7 @@ def factor(schedule: Schedule, step: int, total_steps: "int | None") -> float:
     """
     if schedule == "constant":
         return 1.0
+    assert total_steps is not None  # checked where the optimizer is made
     progress = min(step / total_steps, 1.0)
     value = float((SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(progress))
     if not (math.isfinite(value) and value >= 0.0):

@@ -42,16 +42,16 @@ class OptimizerWrapper(Optimizer):
         """The wrapped optimizer's ``zero_grad``, given what it is given: not every optimizer knows ``set_to_none``."""
         self.optimizer.zero_grad(*args, **kwargs)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The wrapped optimizer's ``add_param_group``."""
         self.optimizer.add_param_group(param_group)
 
-    def train(self, *args) -> None:
+    def train(self, *args: Any) -> None:
         """For Trainer and schedule-free optimizers: passed on to the wrapped optimizer, if it has a ``train``."""
         if hasattr(self.optimizer, "train"):
             self.optimizer.train(*args)
 
-    def eval(self, *args) -> None:
+    def eval(self, *args: Any) -> None:
         """Passed on to the wrapped optimizer, if it has an ``eval``."""
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval(*args)
@@ -76,15 +76,15 @@ class OptimizerWrapper(Optimizer):
         return self.optimizer.param_groups
 
     @param_groups.setter
-    def param_groups(self, value) -> None:
+    def param_groups(self, value: Any) -> None:
         self.optimizer.param_groups = value
 
     @property
-    def state(self):
+    def state(self) -> Any:
         return self.optimizer.state
 
     @state.setter
-    def state(self, value) -> None:
+    def state(self, value: Any) -> None:
         self.optimizer.state = value
 
     @property
@@ -92,7 +92,7 @@ class OptimizerWrapper(Optimizer):
         return self.optimizer.defaults
 
     @defaults.setter
-    def defaults(self, value) -> None:
+    def defaults(self, value: Any) -> None:
         self.optimizer.defaults = value
 
     def state_dict(self) -> "dict[str, Any]":
@@ -100,8 +100,8 @@ class OptimizerWrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.optimizer.state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            result = hook(self, state_dict)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            result = after(self, state_dict)
             state_dict = state_dict if result is None else result
         return state_dict
 
@@ -112,8 +112,8 @@ class OptimizerWrapper(Optimizer):
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         self._load(state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _load(self, state_dict: "dict[str, Any]") -> None:
         self.optimizer.load_state_dict(state_dict)

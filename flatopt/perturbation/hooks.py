@@ -22,7 +22,7 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 
 
 class Doors:
-    """What the hooks of one optimizer share. ``perturb`` opens a step; it is reached weakly, so that hooks keep no optimizer."""
+    """What the hooks of one optimizer share. ``perturb`` opens a step; reached weakly: hooks keep no optimizer."""
 
     def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
         self.weights: PerturbedWeights | None = weights
@@ -49,6 +49,7 @@ class Doors:
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
+                self.forget_first_pass()
                 self._memory = None
             self.perturb()
         elif threading.get_ident() != weights.thread:
@@ -60,7 +61,7 @@ class Doors:
             weights.suspend()
 
     def clean_inside(self, module: nn.Module) -> None:
-        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, add_adapter)."""
+        """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
         self.adapters_changed = True
         weights = self.weights
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
@@ -159,10 +160,14 @@ class Doors:
     def first_pass(self, inputs: Any) -> None:
         """Take down what a root reads without gradients before a step: the first pass of a cache of gradients, maybe."""
         if len(self._first_pass) < 256:
+            self._clock = _backwards_so_far()
             self._first_pass.update(
                 (t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel()
             )
-            self._clock = _backwards_so_far()
+
+    def forget_first_pass(self) -> None:
+        """A step came in between: what is read with gradients after it is no second pass."""
+        self._first_pass = {}
 
     def refuse_second_pass(self, module: nn.Module, inputs: Any) -> None:
         """Raise if the same was read without gradients before, and a backward ran in between: it used what clean W gave."""
@@ -172,8 +177,9 @@ class Doors:
             self._first_pass = {}
             if again and since > 1:
                 raise RuntimeError(
-                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now it "
-                    "is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes must see "
+                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
+                    "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
+                    "must see "
                     "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
                     "clean, run it in eval mode"
                 )
@@ -294,6 +300,7 @@ class BeforeOwner(_Hook):
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
         if trains and around is None:
+            # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []
 
             def after(module: nn.Module, args: Any, output: Any) -> None:

@@ -2,9 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 # those whose handlers, where a program sets any in Python, tend to raise
 _WAIT = [
@@ -18,15 +20,30 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in _WAIT}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    handlers = {number: handler for number in _WAIT if callable(handler := signal.getsignal(number))}
     waiting: list[tuple[int, FrameType | None]] = []
+    waits = True
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if waits:
+            waiting.append((number, frame))
+        else:  # not taken off yet
+            handlers[signal.Signals(number)](number, frame)
+
     try:
         for number in handlers:
-            signal.signal(number, lambda *received: waiting.append(received))
+            signal.signal(number, receive)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in waiting:
-            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator]
+        waits = False
+        put_back = [partial(signal.signal, number, handler) for number, handler in handlers.items()]
+        _run([*put_back, *(partial(receive, number, frame) for number, frame in waiting)])
+
+
+def _run(calls: list[Callable[[], Any]]) -> None:
+    """Each of them, whichever raises."""
+    if calls:
+        try:
+            calls[0]()
+        finally:
+            _run(calls[1:])

@@ -343,12 +343,22 @@ SLOTS = ("_old_forward", "forward")
 def noisy_forward(weight: NoisyWeight, compute: "Callable[[NoisyWeight, Tensor], Tensor] | None") -> NoisyForward:
     """The :class:`NoisyForward` of the weight's layer, put there if need be. ``compute``: its output at W + ε; None: x εᵀ is
     added to its own output."""
-    attributes = weight.owner.__dict__
+    forward = install(weight.owner)
+    forward.noisy, forward.compute = weight, compute
+    return forward
+
+
+def install(layer: nn.Module) -> NoisyForward:
+    """The :class:`NoisyForward` of a layer, put there, switched off, if need be.
+
+    Not to be left to the first perturbation: a hook before the layer's forward may bring it about, when torch has looked up
+    the forward that it is going to call already.
+    """
+    attributes = layer.__dict__
     forward = next((attributes[slot] for slot in SLOTS if isinstance(attributes.get(slot), NoisyForward)), None)
     if forward is None:
-        forward = NoisyForward(weight.owner, next(slot for slot in SLOTS if slot in attributes or slot == "forward"))
+        forward = NoisyForward(layer, next(slot for slot in SLOTS if slot in attributes or slot == "forward"))
         attributes[forward.slot] = forward
-    forward.noisy, forward.compute = weight, compute
     return forward
 
 

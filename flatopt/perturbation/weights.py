@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
@@ -21,6 +22,7 @@ from ..ops import Plan, plan, writing
 from .forward import ForwardPlan, own_forwards
 from .interrupts import uninterrupted
 from .noise import NoiseRequest
+from .noisy_layers import install
 
 RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
@@ -107,8 +109,8 @@ class PerturbedWeights:
             self._reshard()
             lost = self._replaced()
             if not lost:
-                exact = [view for look in self._looks if look.exact for view in look.views if view.tensor is not None]
-                self._kept_versions = [(v, torch.autograd._unsafe_preserve_version_counter(v.tensor)) for v in exact]
+                exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
+                self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
             self._bits_back(lost)
             if lost:
                 self._end()
@@ -128,28 +130,29 @@ class PerturbedWeights:
             try:
                 for each in self._plans:
                     each.perturb(self._key)
+                self._follow()
+                moved += self._written(wait=False)
+                for view, kept in self._kept_versions:
+                    # what was written to in between is not what a graph saved: there backward must raise
+                    if view not in moved:
+                        kept.__exit__(None, None, None)
             except BaseException:
                 self._take_back()
                 raise
-            moved += self._written(wait=False)
-            for view, kept in self._kept_versions:
-                # what was written to in between is not what a graph saved: there backward must raise
-                if view not in moved:
-                    kept.__exit__(None, None, None)
             self._kept_versions = []
             self._note_versions()
-            self._follow()
 
     def _bits_back(self, lost: "list[WeightView]") -> None:
         written_to = bool(self._written_to())
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
+            found = self._written(wait=written_to)
         except BaseException:
             self._take_back()
             raise
-        lost += [view for view in self._written(wait=written_to) if view not in lost]
-        self._follow()
+        lost += [view for view in found if view not in lost]
 
     def _written(self, wait: bool) -> "list[WeightView]":
         return [view for look in self._looks for each in look.plans for view in each.written(wait)]
@@ -159,6 +162,7 @@ class PerturbedWeights:
         try:
             for each in self._plans:
                 each.restore()
+            self._follow()
         except BaseException:
             return  # the failure that is being handled is the one to tell
         self._end()
@@ -180,7 +184,8 @@ class PerturbedWeights:
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
             self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
         plans: list[Plan] = []
-        first, seen = 1, set()  # a weight's number is its place in the groups, tied and unperturbed ones counted
+        seen: set[int] = set()
+        first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
         try:
             for look, group, sigma in zip(self._looks, self.groups, request.sigmas):
                 weights = group["targets"]
@@ -223,6 +228,10 @@ class PerturbedWeights:
 
     def attach(self) -> None:
         _attached.add(self)
+        for group in self.groups:
+            for weight in group["targets"]:
+                if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
+                    install(weight.owner)
 
     def detach(self) -> None:
         try:
@@ -316,7 +325,7 @@ class GroupLook:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
         tensors = [local(p.detach()) for p in parameters]
         # in columns: a list a property costs a third of a tuple a weight
-        seen = [
+        seen: list[Any] = [
             identities,
             [t.data_ptr() for t in tensors],
             [t.dtype for t in tensors],
@@ -327,10 +336,11 @@ class GroupLook:
             [t._version for t in tensors],
         ]
         if seen != self._seen:
-            rows, known = list(zip(*seen)), list(zip(*self._seen)) or [()] * len(weights)
-            for i, (now, then) in enumerate(zip(rows, known)):
-                if now != then:
-                    if then and now[0] == then[0]:
+            rows: list[Any] = list(zip(*seen))
+            known: list[Any] = list(zip(*self._seen)) or [()] * len(weights)
+            for i, (row, before) in enumerate(zip(rows, known)):
+                if row != before:
+                    if before and row[0] == before[0]:
                         check(weights[i], in_forward=True)
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
@@ -355,8 +365,8 @@ class GroupLook:
         in_place = [view for view in self.views if restore != "forward" and view.tensor is not None]
         if noise == "isotropic" and inside and in_place:
             raise ValueError(
-                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others are "
-                "not. Put them into groups of their own, or use restore='forward' for all"
+                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                "are not. Put them into groups of their own, or use restore='forward' for all"
             )
         kept = [view for view in in_place if not view.weight.rebuilt]
         rebuilt = [view for view in in_place if view.weight.rebuilt]
@@ -369,7 +379,6 @@ class GroupLook:
         for view in self.views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
         keys: list[Any] = []
-        changed: list[WeightView] = []
         for batch in batches.values():
             found = batch[0].weight.adapter.update_key([view.weight for view in batch])
             found = [object() for _ in batch] if found is None else found  # equal to nothing
@@ -381,10 +390,7 @@ class GroupLook:
                     assert view.parameter is not None
                     mine = local_update(update, view.parameter)
                     view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
-                changed += news
             keys += found
-        if changed:
-            self.plans = []
         self._keys = keys
 
     def note_versions(self) -> None:
@@ -435,9 +441,9 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def _refuse_written(lost: "Sequence[WeightView]") -> None:
     if lost:
         raise RuntimeError(
-            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its clean "
-            "value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an EMA, "
-            "functional_call on copies), call optimizer.restore()"
+            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
+            "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
+            "EMA, functional_call on copies), call optimizer.restore()"
         )
 
 
@@ -466,7 +472,7 @@ def _overlap(
 
 
 def refuse_overlapping(weights: "Sequence[AdaptedWeight]") -> None:
-    """Raise where two targets are views that share some of their memory: noise taken off one would be taken off the other."""
+    """Raise where two targets are views that share some memory: noise taken off one would be taken off the other."""
     extents = sorted(((*extent, i) for i, weight in enumerate(weights) if (extent := _extent(weight))), key=lambda e: e[:2])
     for (start, end, i), (start2, end2, j) in itertools.pairwise(extents):
         if start2 < end and (start, end) != (start2, end2) and _shares_elements(weights[i], weights[j]):

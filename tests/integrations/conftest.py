@@ -1,4 +1,4 @@
-"""Offline, on the CPU, and each test with accelerate's states of its own; where the extra is installed that has all trainers."""
+"""Offline, on the CPU, each test with accelerate's states of its own; skipped where the trainers are not installed."""
 
 import importlib.util
 import os

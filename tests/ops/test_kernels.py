@@ -35,6 +35,7 @@ runs = (
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run as they are")
 def test_the_tests_below_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]

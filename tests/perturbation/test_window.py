@@ -117,7 +117,8 @@ def test_backward_after_an_eval_forward_finds_the_noise_its_graph_was_made_at(mo
         loss = loss_of(model)
         if evaluate:
             model.eval()(batch()[0])
-            assert not changed(model, before) and not optimizer.is_perturbed
+            assert not changed(model, before)
+            assert not optimizer.is_perturbed
             model.train()
         loss.backward()
         assert optimizer.is_perturbed
@@ -472,7 +473,8 @@ def test_the_newest_optimizer_takes_over_and_the_older_one_says_so(model, before
     with pytest.warns(UserWarning, match=r"first\S*weight was perturbed by an older FlatPerturbOptimizer.*detach"):
         second = wrap(model, seed=1)
     loss_of(model).backward()
-    assert second.is_perturbed and not first.is_perturbed
+    assert second.is_perturbed
+    assert not first.is_perturbed
     for use in (first.perturb, first.step):
         with pytest.raises(
             RuntimeError, match=r"a newer FlatPerturbOptimizer perturbs \S*first\S*weight.*optimizer\.optimizer"

@@ -100,8 +100,8 @@ class Doors:
         if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
             raise RuntimeError(
                 "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made "
-                "its graph at clean weights, then a training forward opened the step. Give the module around both as targets, "
-                "call optimizer.perturb() before the first forward, or run the one in eval mode without gradients"
+                "its graph at clean weights, then a training forward opened the step. Give the module around both as "
+                "targets, call optimizer.perturb() before the first forward, or run the one in eval mode without gradients"
             )
 
     def _before_backward(self, grad: Tensor) -> None:

@@ -24,7 +24,7 @@ def first_pass(model, x):
 def test_a_first_pass_at_clean_weights_is_refused_and_the_way_out_works(run):
     model, optimizer, x = run
     first_pass(model, x)
-    with pytest.raises(RuntimeError, match="with optimizer.perturbed"):
+    with pytest.raises(RuntimeError, match=r"with optimizer\.perturbed"):
         model(x)
     with optimizer.perturbed():
         answer = first_pass(model, x)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import Mlp, batch
+from helpers import Mlp, batch
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("peft")

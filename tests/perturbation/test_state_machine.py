@@ -264,7 +264,7 @@ def test_any_sequence(restore):
     OfOneKind.restore = restore
     case = OfOneKind.TestCase
     case.settings = settings(
-        max_examples=60,
+        max_examples=25,
         stateful_step_count=25,
         deadline=None,
         derandomize=True,

@@ -64,8 +64,10 @@ class AdaptedWeight:
         """This rank's part, without autograd, but with its version counter: what a graph saved is known to have changed."""
         return local(self.parameter.detach())
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """The 2-D view, rows = outputs, columns = fan-in, of a tensor like the weight, strides and all."""
+    def rows(self, weight: Tensor | None = None) -> Tensor:
+        """The 2-D view, rows = outputs, columns = fan-in, of the weight, or of a tensor like it, strides and all."""
+        if weight is None:
+            weight = self.weight
         if weight.dim() < 2:
             return weight.reshape(1, -1)
         if self.layout == "columns":

@@ -1,5 +1,7 @@
 """Every test starts with one thread and the same seed. What tests share is in ``helpers.py``."""
 
+import signal
+
 import pytest
 import torch
 
@@ -8,3 +10,11 @@ import torch
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Also where the suite was started in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

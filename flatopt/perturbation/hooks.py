@@ -85,15 +85,11 @@ class Doors:
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
-        for tensor in _tensors(output):
-            if tensor.requires_grad and not tensor.is_leaf:
-                tensor.register_hook(self._before_backward)
+        _before_its_backward(output, self._before_backward)
 
     def refuse_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W in eval mode: its backward fails at W + ε, and should say why."""
-        for tensor in _tensors(output):
-            if tensor.requires_grad and not tensor.is_leaf:
-                tensor.register_hook(self._clean_graph_in_backward)
+        _before_its_backward(output, self._clean_graph_in_backward)
 
     def _clean_graph_in_backward(self, grad: Tensor) -> None:
         weights = self.weights
@@ -373,6 +369,12 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (AttributeError, RuntimeError, NotImplementedError):
         return 0
+
+
+def _before_its_backward(output: Any, call: Callable[[Tensor], None]) -> None:
+    for tensor in _tensors(output):
+        if tensor.requires_grad and not tensor.is_leaf:
+            tensor.register_hook(call)
 
 
 def _tensors(output: Any) -> "Iterable[Tensor]":

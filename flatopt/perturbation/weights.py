@@ -183,27 +183,26 @@ class PerturbedWeights:
         self._key = request.key
         if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
             self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
-        plans: list[Plan] = []
+        at_work: list[tuple[GroupLook, float]] = []
         seen: set[int] = set()
         first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
         try:
             for look, group, sigma in zip(self._looks, self.groups, request.sigmas):
                 weights = group["targets"]
                 if sigma > 0:
-                    plans += look.at(weights, first, group["noise"], group["restore"], seen)
+                    look.at(weights, first, group["noise"], group["restore"], seen)
+                    at_work.append((look, sigma))
                 else:
                     look.release()
                 first += len(weights)
-            sigma_of = {id(look): sigma for look, sigma in zip(self._looks, request.sigmas)}
-            for look in self._looks:
-                if sigma_of.get(id(look), 0.0) > 0:
-                    for each in look.plans:
-                        each.fill_std(sigma_of[id(look)])
+            for look, sigma in at_work:
+                for each in look.plans:
+                    each.fill_std(sigma)
         except BaseException:
             for look in self._looks:
                 look.release()
             raise
-        return plans
+        return [each for look, _ in at_work for each in look.plans]
 
     def _note_versions(self) -> None:
         for look in self._looks:
@@ -308,8 +307,8 @@ class GroupLook:
         self._keys: list[Any] = []
         self._quantised: list[bool] = []
 
-    def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> "list[Plan]":
-        """Look at ``weights``, the first of which is number ``first``; ``taken``: memory that an earlier group has."""
+    def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
+        """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore, list(map(id, weights)))
         if self._settings != settings:
             self._settings, self._weights, self._seen, self._keys = settings, weights, [], []
@@ -357,7 +356,6 @@ class GroupLook:
         self._look_at_updates()
         if not self.plans:
             self._plan(noise, restore)
-        return self.plans
 
     def _plan(self, noise: str, restore: str) -> None:
         self.exact = restore != "subtract"

@@ -353,7 +353,10 @@ def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(
     expected = standard_deviations(views, "filter", SIGMA, views)
     clean = [layer.base_layer.weight.detach().clone() for layer in layers]
     optimizer.perturb()
-    assert (kernels.plans[-1]._launches is kept) == (change in ("nothing", "an optimizer's step"))
+    if change in ("nothing", "an optimizer's step"):
+        assert kernels.plans[-1]._launches is kept
+    elif not dora:  # DoRA's row norms are its magnitudes: of A, B and the scale its table says nothing
+        assert kernels.plans[-1]._launches is not kept
     by_weight = {}
     for plan in {id(plan): plan for plan in kernels.plans[-2:]}.values():  # of another dtype: another launch
         by_weight.update({id(view.weight): std for view, std in zip(plan.views, plan._stds)})

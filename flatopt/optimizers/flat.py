@@ -233,6 +233,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             ValueError: a schedule without ``total_steps``, or a weight that cannot be perturbed now, named.
             RuntimeError: after :meth:`detach`, or where another optimizer is amid a step on the same weight.
         """
+        if self._weights.partly:
+            self._weights.restore()
         if self._weights.state != CLEAN:
             self._weights.resume()
             return

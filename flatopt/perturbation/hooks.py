@@ -44,7 +44,8 @@ class Doors:
         """Bring W to what a forward of ``module`` needs: W + ε if it trains, W if not."""
         weights = self.weights
         assert weights is not None
-        if weights.held or trains is (weights.state == PERTURBED):
+        trains = trains or weights.held
+        if trains is (weights.state == PERTURBED) and not weights.partly:
             return
         if trains:
             if weights.state == CLEAN:
@@ -71,6 +72,11 @@ class Doors:
         """A forward inside backward repeats one that was made before: it must find the same W."""
         weights = self.weights
         assert weights is not None
+        if weights.partly:
+            raise RuntimeError(
+                f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier restore "
+                "failed. Call optimizer.restore() and begin the step anew"
+            )
         if weights.held or not (torch.is_grad_enabled() and module.training):
             return
         if weights.state == CLEAN or (weights.state == PERTURBED and module in self.ran_clean):
@@ -175,9 +181,8 @@ class Doors:
                 raise RuntimeError(
                     f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
                     "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
-                    "must see "
-                    "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
-                    "clean, run it in eval mode"
+                    "must see the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant "
+                    "to be clean, run it in eval mode"
                 )
 
 
@@ -250,7 +255,7 @@ class BeforeRoot(_Hook):
             doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
-        elif module.training:
+        elif module.training and not doors.weights.held:
             doors.ran_clean.add(module)
             if doors.weights.state == CLEAN:
                 doors.first_pass((args, kwargs))
@@ -282,13 +287,15 @@ class BeforeOwner(_Hook):
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and module.training
-        if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains):
+        if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains) and not doors.weights.partly:
             return
         self.decide(module, doors)
 
     def decide(self, module: nn.Module, doors: Doors) -> None:
         weights = doors.weights
-        if weights is None or weights.held or getattr(module, "_is_replica", False):
+        if weights is None or getattr(module, "_is_replica", False):
+            return
+        if weights.held and weights.state == PERTURBED and not weights.partly:
             return
         if _in_backward():
             doors.recomputed(module)

@@ -1,6 +1,7 @@
 """The optimizer wrapper: the one line that changes."""
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -347,7 +348,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if inner in _chain(optimizer) or optimizer in _chain(self):
             return
         mine = {id(p) for group in inner.param_groups for p in group["params"]}
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        shared = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        if shared and not _step_is_running(self, inner):
             self._warn_once(
                 subject,
                 f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
@@ -519,6 +521,19 @@ def _chain(optimizer: Any) -> "list[Any]":
         held = optimizer.__dict__
         optimizer = held.get("optimizer", held.get("_base_optimizer"))
     return chain
+
+
+def _step_is_running(*optimizers: Optimizer) -> bool:
+    """Whether the step of one of these, with torch's hooks around it, is what called: then its parts step in it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP and any(frame.f_locals.get("self") is optimizer for optimizer in optimizers):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_HOOKED_STEP = Optimizer.profile_hook_step(len).__code__
 
 
 def _first_parameter(optimizer: Optimizer) -> int:

@@ -145,7 +145,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
-        handles = listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        handles: list[Any] = []
         inner = self.innermost
         for register, hook in (
             (inner.register_step_pre_hook, FlatPerturbOptimizer._before_inner_step),
@@ -241,6 +242,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
+        self._doors.find_strangers()
         self._adopt(self.param_groups)
         for group in self.perturb_groups:
             check_group(group, self)
@@ -263,7 +265,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             RuntimeError: naming the weights that were written to while perturbed, after all others came back.
         """
         self._weights.restore()
-        self._doors.forget_strangers()
 
     @contextmanager
     def perturbed(self) -> "Iterator[FlatPerturbOptimizer]":
@@ -507,8 +508,7 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
         weights.detach()
     finally:
         doors.weights = None
-        doors.forget_strangers()
-        for handle in handles:
+        for handle in (*handles, *doors.handles):
             handle.remove()
         release()
 

@@ -6,6 +6,7 @@ Nothing here depends on a hook after a forward having run: an interrupt skips th
 """
 
 import contextlib
+import gc
 import sys
 import threading
 import weakref
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..adapters.raw import RAW
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -31,7 +33,10 @@ class Doors:
             weakref.WeakKeyDictionary()
         )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
-        self._strangers: Any = None
+        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose hooks open a step
+        self.handles: list[Any] = []
+        self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._looked = False
         self._memory: set[int] | None = None
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
         self._clock = 0
@@ -51,7 +56,6 @@ class Doors:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
                 self.forget_first_pass()
-                self._memory = None
             self.perturb()
         elif threading.get_ident() != weights.thread:
             raise RuntimeError(
@@ -74,8 +78,8 @@ class Doors:
         assert weights is not None
         if weights.partly:
             raise RuntimeError(
-                f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier restore "
-                "failed. Call optimizer.restore() and begin the step anew"
+                f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier "
+                "restore failed. Call optimizer.restore() and begin the step anew"
             )
         if weights.held or not (torch.is_grad_enabled() and module.training):
             return
@@ -124,38 +128,52 @@ class Doors:
                 root = frame.f_locals.get("self")
                 if isinstance(root, nn.Module) and root in self.trains:
                     return self.trains[root] and (within_function or not explicit)
-            elif code.co_name == "forward" and code.co_argcount and not within_function:
-                context = frame.f_locals.get(code.co_varnames[0])
-                within_function = isinstance(context, torch._C._FunctionBase)
+            elif not within_function:
+                within_function = _is_function_forward(frame)
             frame = frame.f_back  # type: ignore[assignment]
         return None
 
     # --- modules that are not ours but hold our memory --------------------------------------------------------------
 
-    def watch_strangers(self) -> None:
-        """Until the next training forward, any module that shares the weights' memory (a teacher, a tied head) is a door.
+    def find_strangers(self) -> None:
+        """Hook every module of the process that shares the weights' memory (a teacher, a tied head): it reads W too.
 
-        Not where torch.compile is in use: it would compile anew whenever this hook comes or goes.
+        One look, before the first perturbation; those that get such a parameter later tell when they register it. A hook on
+        all modules would cost each forward, and torch.compile would compile anew where it comes or goes.
         """
-        weights = self.weights
-        if weights is None or self._strangers is not None or weights.held or _compiles():
+        self._memory = None  # it may have moved
+        if self._looked:
             return
-        self._strangers = register_module_forward_pre_hook(self._stranger)
+        self._looked = True
+        modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+        for module in modules:
+            if any(map(self.holds, module.__dict__.get("_parameters", {}).values())):
+                self.listen_to_stranger(module)
+        for module in modules:
+            inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
+            compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
+            if compiled and not self._strangers.isdisjoint(inner.modules()):
+                self.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(self), prepend=True))
 
-    def forget_strangers(self) -> None:
-        if self._strangers is not None:
-            self._strangers.remove()
-            self._strangers = None
+    def listen_to_stranger(self, module: nn.Module) -> None:
+        if module not in self.owners and module not in self._strangers:
+            self._strangers.add(module)
+            self.handles.append(module.register_forward_pre_hook(BeforeStranger(self), prepend=True))
+            self.handles += clean_copies(module, CleanFirst(self))
 
-    def _stranger(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and module.training):
-            return
-        if self.weights is None or self.weights.state != PERTURBED or _in_backward():
-            return
+    def holds(self, tensor: Any) -> bool:
+        """Whether ``tensor`` shares memory with a weight; not with raw parameters, which have no forward to listen to."""
         if self._memory is None:
-            self._memory = {_storage(weight.parameter) for weight in self.weights.weights()} - {0}
-        if any(p is not None and _storage(p) in self._memory for p in module._parameters.values()):
-            self.settle(module, False)
+            weights = self.weights.weights() if self.weights is not None else []
+            self._memory = {_storage(weight.parameter) for weight in weights if weight.adapter is not RAW} - {0}
+        return isinstance(tensor, Tensor) and _storage(tensor) in self._memory
+
+    def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
+        """The weights and what else shares their memory, each with a module that holds it."""
+        mine = [(w.owner, w.parameter) for w in self.weights.weights()] if self.weights is not None else []
+        for module in (*self.owners, *self._strangers):
+            mine += [(module, p) for p in module._parameters.values() if p is not None and self.holds(p)]
+        return list({(id(module), id(p)): (module, p) for module, p in mine}.values())
 
     # --- gradient caches --------------------------------------------------------------------------------------------
 
@@ -200,27 +218,27 @@ class _Hook:
         doors, copy = self.doors, type(self).__new__(type(self))
         copy.doors = None
         weights = doors.weights if doors is not None else None
-        if weights is not None and weights.state == PERTURBED and not weights.held:
-            parameters = [weight.parameter for weight in weights.weights()]
+        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
+            parameters = doors.parameters()
             weights.suspend()
             with torch.no_grad():
-                for parameter in parameters:  # the copier may have passed W before it came here
+                for _, parameter in parameters:  # the copier may have passed W before it came here
                     if id(parameter) in memo:
                         memo[id(parameter)].copy_(parameter)
         return copy
 
     def __reduce__(self) -> Any:
         corrections = []
-        weights = self.doors.weights if self.doors is not None else None
-        if weights is not None and weights.state == PERTURBED and not weights.held:
+        doors = self.doors
+        weights = doors.weights if doors is not None else None
+        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
             weights.suspend()
             # the pickler may have written W before it came here: what it writes now puts W right when it is loaded
-            owned = [(w.owner, w.parameter) for w in weights.weights()]
-            corrections = [_Correction(p) for owner, p in owned if self._sits_on(owner)]
+            corrections = [_Correction(p) for module, p in doors.parameters() if self._sits_on(module)]
         return getattr, (contextlib.nullcontext(), "__exit__", corrections)
 
-    def _sits_on(self, owner: nn.Module) -> bool:
-        return any(hook is self for hook in owner._forward_pre_hooks.values())
+    def _sits_on(self, module: nn.Module) -> bool:
+        return any(hook is self for hook in module._forward_pre_hooks.values())
 
 
 class _Correction:
@@ -252,7 +270,6 @@ class BeforeRoot(_Hook):
         doors.trains[module] = trains
         doors.inside.add(module)
         if trains:
-            doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
         elif module.training and not doors.weights.held:
@@ -274,7 +291,6 @@ class AfterRoot(_Hook):
         doors.inside.discard(module)
         if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
-            doors.watch_strangers()
         elif trains is False and torch.is_grad_enabled():
             doors.refuse_in_backward(output)
 
@@ -313,6 +329,28 @@ class BeforeOwner(_Hook):
             handles.append(module.register_forward_hook(after))
 
 
+class BeforeStranger(_Hook):
+    """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # the compiled module around it decides
+            return
+        self.decide(module)
+
+    def decide(self, module: nn.Module) -> None:
+        doors = self.doors
+        if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
+            return
+        if doors.weights.state == PERTURBED and not _in_backward() and not (module.training and _in_autograd_function()):
+            doors.settle(module, False)
+
+
+class BeforeCompiledStranger(BeforeStranger):
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.decide(module)
+
+
 class CleanFirst(_Hook):
     """For who reads or writes W by its state dict."""
 
@@ -322,20 +360,36 @@ class CleanFirst(_Hook):
             self.doors.weights.suspend()
 
 
-def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> "list[Any]":
+def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> None:
     """Register the hooks on the modules whose forward opens a step and on those that hold the weights."""
-    handles: list[Any] = []
-    before, after, owner_hook, clean_first = BeforeRoot(doors), AfterRoot(doors), BeforeOwner(doors), CleanFirst(doors)
+    before, after, clean_first = BeforeRoot(doors), AfterRoot(doors), CleanFirst(doors)
     for root in roots:
         # prepended: FSDP gathers the weights in hooks of its own, and must gather perturbed ones
-        handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
-    for owner in owners:
-        if owner not in doors.trains and owner not in roots:
-            handles.append(owner.register_forward_pre_hook(owner_hook, prepend=True))
-        handles.append(owner.register_state_dict_pre_hook(clean_first))
-        handles.append(owner._register_load_state_dict_pre_hook(clean_first))
-    return handles
+        doors.handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        doors.handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
+    doors.owners.update(owners)
+    tied = [module for root in roots for module in root.modules() if any(map(doors.holds, module._parameters.values()))]
+    for owner in dict.fromkeys((*owners, *tied)):
+        doors.owners.add(owner)
+        if owner not in roots:
+            doors.handles.append(owner.register_forward_pre_hook(BeforeOwner(doors), prepend=True))
+        doors.handles += clean_copies(owner, clean_first)
+    myself = weakref.ref(doors)
+
+    def registered(module: nn.Module, name: str, parameter: Any) -> None:
+        doors = myself()
+        if doors is not None and doors.holds(parameter):
+            doors.listen_to_stranger(module)
+
+    doors.handles.append(register_module_parameter_registration_hook(registered))
+
+
+def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":
+    """Clean W for who reads or writes the module's state dict."""
+    return [
+        module.register_state_dict_pre_hook(clean_first),
+        module._register_load_state_dict_pre_hook(clean_first),
+    ]
 
 
 def _in_training_module() -> bool:
@@ -350,10 +404,21 @@ def _in_training_module() -> bool:
     return False
 
 
-def _compiles() -> bool:
-    """Whether torch.compile has been used in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["frames"]["total"])
+def _in_autograd_function() -> bool:
+    """Whether the forward of an ``autograd.Function`` runs (reentrant checkpointing), in which gradients are off."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if _is_function_forward(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_function_forward(frame: Any) -> bool:
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return False
+    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch._C._FunctionBase)
 
 
 def _in_backward() -> bool:
@@ -372,6 +437,8 @@ def _backwards_so_far() -> int:
 
 
 def _storage(tensor: Tensor) -> int:
+    if type(tensor).__name__ == "FakeTensor":
+        return 0
     try:
         return tensor.untyped_storage().data_ptr()
     except (AttributeError, RuntimeError, NotImplementedError):

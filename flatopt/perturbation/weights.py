@@ -127,7 +127,7 @@ class PerturbedWeights:
             self.state, self._swapped = SUSPENDED, replaced
 
     def resume(self) -> None:
-        """The perturbed bits again, after :meth:`suspend`; the same noise anew where a weight was moved or replaced since."""
+        """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
         with self._lock, _writing():
@@ -255,7 +255,7 @@ class PerturbedWeights:
             )
         if said:
             said.append(
-                "All other weights are back. Before changing or swapping base weights, as for an EMA, call optimizer.restore()"
+                "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
             )
             raise RuntimeError(". ".join(said))
 

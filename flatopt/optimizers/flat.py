@@ -237,12 +237,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         """
         if self._weights.partly:
             self._weights.restore()
+        self._doors.find_strangers()
         if self._weights.state != CLEAN:
             self._weights.resume()
             return
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
-        self._doors.find_strangers()
         self._adopt(self.param_groups)
         for group in self.perturb_groups:
             check_group(group, self)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..adapters.raw import RAW
+from ..core.warn import warn_user
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -37,10 +38,11 @@ class Doors:
         self.handles: list[Any] = []
         self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._looked = False
-        self._memory: set[int] | None = None
+        self._memory: set[int] = set()
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
         self._clock = 0
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+        self.within = False  # whether there are any: torch.compile keeps code for each value
         self.adapters_changed = False  # maybe: somebody called a method that can
 
     # --- what a forward wants ---------------------------------------------------------------------------------------
@@ -50,8 +52,9 @@ class Doors:
         weights = self.weights
         assert weights is not None
         trains = trains or weights.held
-        if trains is (weights.state == PERTURBED) and not weights.partly:
+        if trains is weights.noisy and not weights.partly:
             return
+        _refuse_transforms(module)
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
@@ -141,31 +144,54 @@ class Doors:
         One look, before the first perturbation; those that get such a parameter later tell when they register it. A hook on
         all modules would cost each forward, and torch.compile would compile anew where it comes or goes.
         """
-        self._memory = None  # it may have moved
         if self._looked:
             return
+        self.look_where_they_lie()
         self._looked = True
         modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
-        for module in modules:
+        scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        if any(self.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
+            warn_user(
+                "a TorchScript module shares memory with the weights that FlatPerturbOptimizer perturbs, and takes no hooks: "
+                "amid a step it would see their noise. Call optimizer.restore() before it runs"
+            )
+        for module in plain:
             if any(map(self.holds, module.__dict__.get("_parameters", {}).values())):
                 self.listen_to_stranger(module)
-        for module in modules:
+        for module in plain:
             inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
             compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
-            if compiled and not self._strangers.isdisjoint(inner.modules()):
+            if (compiled or isinstance(inner, torch.fx.GraphModule)) and not self._strangers.isdisjoint(inner.modules()):
+                self._strangers.add(inner)
                 self.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(self), prepend=True))
 
     def listen_to_stranger(self, module: nn.Module) -> None:
-        if module not in self.owners and module not in self._strangers:
-            self._strangers.add(module)
-            self.handles.append(module.register_forward_pre_hook(BeforeStranger(self), prepend=True))
-            self.handles += clean_copies(module, CleanFirst(self))
+        if module in self.owners or module in self._strangers:
+            return
+        self._strangers.add(module)
+        self.handles.append(module.register_forward_pre_hook(BeforeStranger(self), prepend=True))
+        self.handles += clean_copies(module, CleanFirst(self))
+
+    def registered(self, module: nn.Module, parameter: Any) -> None:
+        """Somebody gives ``module`` a parameter: if it is one of ours, the module is a reader too."""
+        weights = self.weights
+        if weights is None or not self.holds(parameter) or module in self.owners or module in self._strangers:
+            return
+        if not isinstance(module, torch.jit.ScriptModule):
+            self.listen_to_stranger(module)
+        self._looked = False  # it may be part of a graph module or a compiled one, which is not called by its parts
+        if weights.noisy and not weights.held and threading.get_ident() == weights.thread and not _in_backward():
+            weights.suspend()
+
+    def look_where_they_lie(self) -> None:
+        """Take down the memory of the weights; not of raw parameters, which have no forward to listen to."""
+        weights = self.weights.weights() if self.weights is not None else []
+        mine = [w.owner._parameters.get(w.name) for w in weights if w.adapter is not RAW]
+        self._memory = {_storage(parameter) for parameter in mine if parameter is not None} - {0}
 
     def holds(self, tensor: Any) -> bool:
-        """Whether ``tensor`` shares memory with a weight; not with raw parameters, which have no forward to listen to."""
-        if self._memory is None:
-            weights = self.weights.weights() if self.weights is not None else []
-            self._memory = {_storage(weight.parameter) for weight in weights if weight.adapter is not RAW} - {0}
+        """Whether ``tensor`` shares memory with a weight."""
         return isinstance(tensor, Tensor) and _storage(tensor) in self._memory
 
     def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
@@ -269,6 +295,7 @@ class BeforeRoot(_Hook):
             return
         doors.trains[module] = trains
         doors.inside.add(module)
+        doors.within = True
         if trains:
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
@@ -289,6 +316,7 @@ class AfterRoot(_Hook):
         if _in_backward():
             return
         doors.inside.discard(module)
+        doors.within = bool(doors.inside)
         if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
         elif trains is False and torch.is_grad_enabled():
@@ -297,28 +325,32 @@ class AfterRoot(_Hook):
 
 class BeforeOwner(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # the root decides; a hook that is traced must not break the graph
-            return
         doors = self.doors
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and module.training
-        if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains) and not doors.weights.partly:
+        if torch.compiler.is_compiling():
+            # code is kept for each answer; only where no root around it has made W what it should be does the graph break
+            follows_root = doors.within and not trains and torch.is_grad_enabled()
+            if trains is not doors.weights.noisy and not follows_root and not doors.weights.held:
+                _decide(self, module, doors)
+            return
+        if trains is doors.weights.noisy and (doors.within or not trains) and not doors.weights.partly:
             return
         self.decide(module, doors)
 
-    def decide(self, module: nn.Module, doors: Doors) -> None:
+    def decide(self, module: nn.Module, doors: Doors, compiled: bool = False) -> None:
         weights = doors.weights
         if weights is None or getattr(module, "_is_replica", False):
             return
-        if weights.held and weights.state == PERTURBED and not weights.partly:
+        if weights.held and weights.noisy and not weights.partly:
             return
         if _in_backward():
             doors.recomputed(module)
             return
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
-        if trains and around is None:
+        if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []
 
@@ -329,26 +361,34 @@ class BeforeOwner(_Hook):
             handles.append(module.register_forward_hook(after))
 
 
+@torch.compiler.disable
+def _decide(hook: BeforeOwner, module: nn.Module, doors: Doors) -> None:
+    hook.decide(module, doors, compiled=True)
+
+
 class BeforeStranger(_Hook):
     """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # the compiled module around it decides
-            return
-        self.decide(module)
-
-    def decide(self, module: nn.Module) -> None:
         doors = self.doors
         if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
             return
-        if doors.weights.state == PERTURBED and not _in_backward() and not (module.training and _in_autograd_function()):
-            doors.settle(module, False)
+        if doors.weights.noisy and not doors.weights.held:
+            _read_clean(doors, module)
+
+
+@torch.compiler.disable
+def _read_clean(doors: Doors, module: nn.Module) -> None:
+    if not _in_backward() and not (module.training and _in_autograd_function()):
+        doors.settle(module, False)
 
 
 class BeforeCompiledStranger(BeforeStranger):
+    """The same for a compiled module as a whole, so that its graph need not break where it reads W."""
+
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.decide(module)
+        super().__call__(module, args)
 
 
 class CleanFirst(_Hook):
@@ -368,6 +408,7 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
         doors.handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         doors.handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
     doors.owners.update(owners)
+    doors.look_where_they_lie()
     tied = [module for root in roots for module in root.modules() if any(map(doors.holds, module._parameters.values()))]
     for owner in dict.fromkeys((*owners, *tied)):
         doors.owners.add(owner)
@@ -378,8 +419,8 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
 
     def registered(module: nn.Module, name: str, parameter: Any) -> None:
         doors = myself()
-        if doors is not None and doors.holds(parameter):
-            doors.listen_to_stranger(module)
+        if doors is not None:
+            doors.registered(module, parameter)
 
     doors.handles.append(register_module_parameter_registration_hook(registered))
 
@@ -419,6 +460,22 @@ def _is_function_forward(frame: Any) -> bool:
     if code.co_name != "forward" or not code.co_argcount:
         return False
     return isinstance(frame.f_locals.get(code.co_varnames[0]), torch._C._FunctionBase)
+
+
+def _refuse_transforms(module: nn.Module) -> None:
+    """Raise where W cannot be moved now: what is written would become part of what is traced or differentiated."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or []
+    if torch.jit.is_tracing():
+        within = "torch.jit.trace"
+    elif any(level.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for level in levels):
+        within = "torch.func.grad (or vjp, jvp, ...)"
+    else:
+        return
+    raise RuntimeError(
+        f"the base weights would have to move at a forward of {type(module).__name__} that runs inside {within}, where they "
+        "cannot be written to. Before it, call optimizer.perturb() to train, or optimizer.restore() to read clean weights"
+    )
 
 
 def _in_backward() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
-from ..core.checks import check
+from ..core.checks import check, check_lasting
 from ..core.sharding import first_row, fsdp_modules, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
 from ..ops import RESTORES as IN_PLACE
@@ -46,7 +46,8 @@ class PerturbedWeights:
 
     def __init__(self, groups: "list[dict[str, Any]]", roots: "list[nn.Module]"):
         self.groups, self.roots = groups, roots
-        self.state = CLEAN
+        self._state = CLEAN
+        self.noisy = False  # state == PERTURBED: torch.compile keeps code for each value of what a hook reads
         self.partly = False  # perturbed only in part: nobody may use W before restore() has succeeded
         self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
         self.thread = 0  # that perturbed them
@@ -59,6 +60,14 @@ class PerturbedWeights:
         self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._state, self.noisy = state, state == PERTURBED
 
     # --- the moves --------------------------------------------------------------------------------------------------
 
@@ -453,15 +462,15 @@ class GroupLook:
         """
         if not self.tensors:
             return []
-        parameters = parameters_of(self._weights)
-        if all(map(operator.is_, parameters, self.parameters)) and [p.data_ptr() for p in parameters] == self._seen[1]:
+        parameters = standing(self._weights)
+        if all(map(operator.is_, parameters, self.parameters)) and [p.data_ptr() for p in self.parameters] == self._seen[1]:
             return []
         gone = set()
         for view, here, there in zip(self._known, parameters, self.parameters):
             if view.tensor is None:
                 continue
-            now = local(here.detach())
-            if now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
+            now = None if here is None else local(here.detach())
+            if now is not None and now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
                 # asked before the first bit goes back, and not again where that has to be tried twice
                 self._moved[id(view)] = view.weight.rebuilt or (here is there and _same_values(view.tensor, now))
             if not self._moved.get(id(view), here is there or view.weight.rebuilt):
@@ -480,8 +489,8 @@ class GroupLook:
     def follow(self) -> None:
         """What lies in the memory that was left belongs where the weight is now."""
         if self._moved:
-            for view, parameter in zip(self._known, parameters_of(self._weights)):
-                if view.tensor is not None and self._moved.get(id(view)):
+            for view, parameter in zip(self._known, standing(self._weights)):
+                if parameter is not None and view.tensor is not None and self._moved.get(id(view)):
                     now = local(parameter.detach())
                     if now.shape == view.tensor.shape:
                         now.copy_(view.tensor)
@@ -498,7 +507,20 @@ class GroupLook:
 def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
     # a plain lookup for all, as properties cost as much as the rest
     found = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for weight, parameter in zip(weights, found):
+        if parameter is None:
+            check_lasting(weight)  # a parametrization has taken its place, maybe
     return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
+
+
+def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":
+    """What stands in the weights' places, found without running anybody's code: a parametrization would compute."""
+    found: list[Tensor | None] = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for i, weight in enumerate(weights):
+        if found[i] is None:
+            own = weight.owner.__dict__
+            found[i] = own.get(weight.name, own["_buffers"].get(weight.name))
+    return found
 
 
 def _same_values(mine: Tensor, other: Tensor) -> bool:

@@ -37,6 +37,7 @@ class Doors:
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose hooks open a step
         self.handles: list[Any] = []
         self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of them inside and run as one
         self._looked = False
         self._memory: set[int] = set()
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
@@ -162,8 +163,9 @@ class Doors:
         for module in plain:
             inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
             compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
-            if (compiled or isinstance(inner, torch.fx.GraphModule)) and not self._strangers.isdisjoint(inner.modules()):
-                self._strangers.add(inner)
+            whole = compiled or isinstance(inner, torch.fx.GraphModule)
+            if whole and inner not in self._wholes and not self._strangers.isdisjoint(inner.modules()):
+                self._wholes.add(inner)
                 self.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(self), prepend=True))
 
     def listen_to_stranger(self, module: nn.Module) -> None:
@@ -180,9 +182,13 @@ class Doors:
             return
         if not isinstance(module, torch.jit.ScriptModule):
             self.listen_to_stranger(module)
-        self._looked = False  # it may be part of a graph module or a compiled one, which is not called by its parts
+        self.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
         if weights.noisy and not weights.held and threading.get_ident() == weights.thread and not _in_backward():
             weights.suspend()
+
+    def look_again(self) -> None:
+        """Before W is next perturbed."""
+        self._looked = False
 
     def look_where_they_lie(self) -> None:
         """Take down the memory of the weights; not of raw parameters, which have no forward to listen to."""
@@ -244,6 +250,8 @@ class _Hook:
         doors, copy = self.doors, type(self).__new__(type(self))
         copy.doors = None
         weights = doors.weights if doors is not None else None
+        if doors is not None:
+            doors.look_again()  # the copy may share the weights, as a reference model's does
         if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
             parameters = doors.parameters()
             weights.suspend()
@@ -279,7 +287,7 @@ class BeforeRoot(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None:
+        if doors is None or doors.weights is None or torch.compiler.is_compiling():  # the latter: torch.export's fake forward
             return
         trains = torch.is_grad_enabled() and (module.training or _in_training_module())
         if getattr(module, "_is_replica", False):
@@ -310,7 +318,7 @@ class AfterRoot(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None:
+        if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
         trains = doors.trains.get(module)
         if _in_backward():

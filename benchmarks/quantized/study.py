@@ -261,9 +261,10 @@ def rows(task, chosen: dict) -> "dict[str, dict]":
     found |= {f"plain, {name}": make_config(task, "plain", 0.0, lr["plain"], **c) for name, c in CONTROLS.items()}
     for s in STRENGTHS["flat"][1:3]:
         found[f"flat σ {s:g}, lr × 2"] = make_config(task, "flat", s, lr["flat"], lr_times=2.0)
-    others = [m for m in STRENGTHS if m not in ("plain", "flat") and m in strength]
+    if "group" in lr:
+        found |= {f"group × {s:g}": make_config(task, "group", s, lr["group"]) for s in STRENGTHS["group"]}
+    others = [m for m in STRENGTHS if m not in ("plain", "flat", "group") and m in strength]
     found |= {f"{m} {SIGNS[m]} {strength[m]:g}": make_config(task, m, strength[m], lr[m]) for m in others}
-    found |= {f"group × {s:g}": make_config(task, "group", s, lr["group"]) for s in STRENGTHS["group"] if "group" in lr}
     for method in ("plain", "flat"):
         name = "plain" if method == "plain" else f"flat σ {strength['flat']:g}"
         for rank in RANKS:

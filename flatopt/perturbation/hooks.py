@@ -287,7 +287,9 @@ class BeforeRoot(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None or torch.compiler.is_compiling():  # the latter: torch.export's fake forward
+        if (
+            doors is None or doors.weights is None or torch.compiler.is_compiling()
+        ):  # the latter: torch.export's fake forward
             return
         trains = torch.is_grad_enabled() and (module.training or _in_training_module())
         if getattr(module, "_is_replica", False):

@@ -364,7 +364,12 @@ class GroupLook:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore, list(map(id, weights)))
         if self._settings != settings:
-            self._settings, self._weights, self._seen, self._keys = settings, weights, [], []
+            self._settings, self._weights, self._seen, self._keys = (
+                settings,
+                list(weights),
+                [],
+                [],
+            )  # amid a step they are these
             self._quantised = [False] * len(weights)
             self._known = [WeightView(weight, first + i) for i, weight in enumerate(weights)]
             self.plans = []

@@ -193,3 +193,34 @@ def test_perturbed_holds_after_a_merge_and_over_steps(model):
             optimizer.step()
             assert optimizer.step_count == step + 1
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("change", ["pop", "assign", "drop the group"])
+def test_targets_that_are_taken_out_amid_a_step_are_restored_too(model, before, change):
+    base = model.get_base_model()
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(trainable(model), lr=0.1),
+        [{"modules": [base.first, base.head]}, {"modules": base.second}],
+        sigma=0.3,
+        schedule="constant",
+    )
+    loss_of(model).backward()
+    assert len(changed(model, before)) == 3
+    first = optimizer.perturb_groups[0]
+    if change == "pop":
+        first["targets"].pop(0)
+    elif change == "assign":
+        first["targets"] = first["targets"][1:]
+    else:
+        del optimizer.perturb_groups[0]
+    with torch.no_grad():
+        model(batch()[0])
+    assert not changed(model, before)
+    loss_of(model)
+    assert len(changed(model, before)) == 3
+    optimizer.step()
+    assert not changed(model, before)
+    loss_of(model)
+    assert len(changed(model, before)) == (1 if change == "drop the group" else 2)
+    optimizer.step()
+    assert not changed(model, before)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..core.sharding import is_fsdp_module
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -46,6 +47,13 @@ class Doors:
         assert weights is not None
         if weights.held or trains is (weights.state == PERTURBED):
             return
+        running = [m for m in _running_modules() if is_fsdp_module(m)] if _is_distributed() else []
+        with weights.gathered_again(running[::-1]):
+            self._move(module, trains)
+
+    def _move(self, module: nn.Module, trains: bool) -> None:
+        weights = self.weights
+        assert weights is not None
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
@@ -233,6 +241,8 @@ class BeforeRoot(_Hook):
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and (module.training or _in_training_module())
+        if is_fsdp_module(module):
+            self._come_first(module)
         if getattr(module, "_is_replica", False):
             if trains and doors.weights.state != PERTURBED:
                 raise RuntimeError(
@@ -255,6 +265,13 @@ class BeforeRoot(_Hook):
             if doors.weights.state == CLEAN:
                 doors.first_pass((args, kwargs))
         doors.settle(module, trains)
+
+    def _come_first(self, module: nn.Module) -> None:
+        """From the next call on before FSDP2's own hook, where that came later: it then gathers what it needs once."""
+        hooks = module._forward_pre_hooks
+        first = next(iter(hooks.values()))
+        if not isinstance(first, _Hook):
+            hooks.move_to_end(next(n for n, hook in hooks.items() if hook is self), last=False)  # type: ignore[attr-defined]
 
 
 class AfterRoot(_Hook):
@@ -333,14 +350,22 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
 
 def _in_training_module() -> bool:
     """Whether the root that is called is part of a module in train mode whose forward runs (a VLM's tower in eval mode)."""
-    frame: Any = sys._getframe(2)
+    return any(module.training for module in _running_modules())
+
+
+def _running_modules() -> "Iterable[nn.Module]":
+    """The modules whose forward, or a hook of it, runs now; the innermost first, read off the stack."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
             module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and module.training:
-                return True
+            if isinstance(module, nn.Module):
+                yield module
         frame = frame.f_back
-    return False
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _compiles() -> bool:

@@ -251,6 +251,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._doors.adapters_changed = False
             self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
+        self._weights.reshard()  # gathered weights do not tell which ranks share one
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 
 from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
+from ..core.sharding import is_fsdp_module
 from ..core.warn import warn_user
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
@@ -57,6 +58,13 @@ class Doors:
         if trains is weights.noisy and not weights.partly:
             return
         _refuse_transforms(module)
+        running = [m for m in _running_modules() if is_fsdp_module(m)] if _is_distributed() else []
+        with weights.gathered_again(running[::-1]):
+            self._move(module, trains)
+
+    def _move(self, module: nn.Module, trains: bool) -> None:
+        weights = self.weights
+        assert weights is not None
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
@@ -155,8 +163,8 @@ class Doors:
         plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         if any(self.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
             warn_user(
-                "a TorchScript module shares memory with the weights that FlatPerturbOptimizer perturbs, and takes no "
-                "hooks: amid a step it would see their noise. Call optimizer.restore() before it runs"
+                "a TorchScript module shares memory with weights that FlatPerturbOptimizer perturbs, and takes no hooks: "
+                "amid a step it would see their noise. Call optimizer.restore() before it runs"
             )
         for module in plain:
             if any(map(self.holds, module.__dict__.get("_parameters", {}).values())):
@@ -293,6 +301,8 @@ class BeforeRoot(_Hook):
         ):  # the latter: torch.export's fake forward
             return
         trains = torch.is_grad_enabled() and (module.training or _in_training_module())
+        if is_fsdp_module(module):
+            self._come_first(module)
         if getattr(module, "_is_replica", False):
             if trains and doors.weights.state != PERTURBED:
                 raise RuntimeError(
@@ -315,6 +325,13 @@ class BeforeRoot(_Hook):
             if doors.weights.state == CLEAN:
                 doors.first_pass((args, kwargs))
         doors.settle(module, trains)
+
+    def _come_first(self, module: nn.Module) -> None:
+        """From the next call on before FSDP2's own hook, where that came later: it then gathers what it needs once."""
+        hooks = module._forward_pre_hooks
+        first = next(iter(hooks.values()))
+        if not isinstance(first, _Hook):
+            hooks.move_to_end(next(n for n, hook in hooks.items() if hook is self), last=False)  # type: ignore[attr-defined]
 
 
 class AfterRoot(_Hook):
@@ -452,14 +469,22 @@ def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":
 
 def _in_training_module() -> bool:
     """Whether the root that is called is part of a module in train mode whose forward runs (a VLM's tower in eval mode)."""
-    frame: Any = sys._getframe(2)
+    return any(module.training for module in _running_modules())
+
+
+def _running_modules() -> "Iterable[nn.Module]":
+    """The modules whose forward, or a hook of it, runs now; the innermost first, read off the stack."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
             module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and module.training:
-                return True
+            if isinstance(module, nn.Module):
+                yield module
         frame = frame.f_back
-    return False
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _in_autograd_function() -> bool:

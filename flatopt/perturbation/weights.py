@@ -15,7 +15,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check, check_lasting
-from ..core.sharding import first_row, fsdp_modules, local, local_update
+from ..core.sharding import first_row, fsdp_modules, is_fsdp_module, let_go, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
 from ..ops import RESTORES as IN_PLACE
 from ..ops import Plan, plan, writing
@@ -72,14 +72,13 @@ class PerturbedWeights:
     # --- the moves --------------------------------------------------------------------------------------------------
 
     def perturb(self, request: NoiseRequest) -> None:
-        """Set W to W + ε; after a suspension, to the same bits again."""
+        """Set W to W + ε, of shards after :meth:`reshard`; after a suspension, to the same bits again."""
         if self.state == PERTURBED:
             return
         if self.state == SUSPENDED:
             self.resume()
             return
         with self._lock, _writing():
-            self._reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
@@ -103,7 +102,7 @@ class PerturbedWeights:
         if self.state == CLEAN:
             return
         with self._lock, _writing():
-            self._reshard()
+            self.reshard()
             replaced, written = self._replaced(), []
             if self.state == PERTURBED:
                 written = self._bits_back()
@@ -124,7 +123,7 @@ class PerturbedWeights:
         if self.state != PERTURBED:
             return
         with self._lock, _writing():
-            self._reshard()
+            self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
             self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
@@ -140,7 +139,7 @@ class PerturbedWeights:
         if self.state != SUSPENDED:
             return
         with self._lock, _writing():
-            self._reshard()
+            self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
                 swapped = [view for view in replaced if view in self._swapped]
@@ -206,8 +205,6 @@ class PerturbedWeights:
         """Every weight looked at once, and the plans of this step, their standard deviations filled in."""
         while len(self._looks) < len(self.groups):
             self._looks.append(GroupLook())
-        if not self._fsdp and any(hasattr(type(root), "unshard") for root in self.roots):
-            self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
         at_work: list[tuple[GroupLook, float]] = []
         seen: set[int] = set()
         first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
@@ -268,9 +265,22 @@ class PerturbedWeights:
             )
             raise RuntimeError(". ".join(said))
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
+        """Let go of what FSDP2 gathered, so that the weights are the shards."""
+        if not self._fsdp and any(map(is_fsdp_module, self.roots)):
+            self._fsdp = fsdp_modules(self.roots)  # sharded since the optimizer was made
         for module in self._fsdp:
             module.reshard()  # type: ignore[operator]
+
+    @contextmanager
+    def gathered_again(self, running: "Sequence[nn.Module]") -> Iterator[None]:
+        """A move inside forwards of the FSDP2 modules ``running``: these find gathered what they had gathered before it."""
+        gathered = [module for module in running if let_go(module)]
+        self.reshard()
+        self._fsdp += [module for module in gathered if module not in self._fsdp]
+        yield
+        for module in gathered:
+            module.unshard()  # type: ignore[operator]
 
     # --- one weight, one optimizer ----------------------------------------------------------------------------------
 

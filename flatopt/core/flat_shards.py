@@ -27,8 +27,8 @@ def sharding_reason(parameter: Any, owner: nn.Module) -> "str | None":
     if isinstance(parameter, Tensor) and is_sharded(parameter):
         return None  # FSDP2 and tensor parallelism
     flattened = getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False)
-    # with use_orig_params=False the weight is no parameter of its layer any more, but a view of the flat one
-    unregistered = getattr(owner, "_is_fsdp_managed_module", False) and all(
-        p is not parameter for p in owner._parameters.values()
+    # a view of the flat parameter: always with use_orig_params=False, during a forward with True
+    unregistered = getattr(owner, "_is_fsdp_managed_module", False) and not any(
+        p is parameter and isinstance(p, nn.Parameter) for p in owner._parameters.values()
     )
     return FSDP_1 if flattened or unregistered else None

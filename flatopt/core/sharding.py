@@ -1,5 +1,6 @@
 """FSDP2: a rank perturbs its own rows of a sharded weight (DTensor), in place."""
 
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +73,41 @@ def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
     return type(update)(factors, rows(update.dense), rows(update.row_norm), rows(update.alpha))
 
 
+def is_fsdp_module(module: nn.Module) -> bool:
+    return hasattr(type(module), "unshard") and hasattr(type(module), "reshard")
+
+
+def own_parameters(module: nn.Module) -> "list[Tensor | None]":
+    """Those that FSDP2 gathers for ``module``: not those of FSDP2 modules inside it."""
+    inside = [p for child in module.children() if not is_fsdp_module(child) for p in own_parameters(child)]
+    return [*module._parameters.values(), *inside]
+
+
+def let_go(module: "Any") -> bool:
+    """Make an FSDP2 module hold its shards, also amid its forward; whether it held gathered parameters."""
+    before = own_parameters(module)
+    module.reshard()
+    if before and not any(p is not None and is_sharded(p) for p in own_parameters(module)):
+        # amid its forward it does so only where reshard_after_forward is set
+        if not hasattr(module, "set_reshard_after_forward"):
+            raise RuntimeError(
+                f"FSDP2 gathered {type(module).__name__}'s parameters before their noise could be written, and this torch "
+                "cannot shard them again amid a forward. Make the FlatPerturbOptimizer after fully_shard, with the module "
+                "that was given to fully_shard among its targets; or use torch 2.8"
+            )
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    return any(map(operator.is_not, before, own_parameters(module)))
+
+
 def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
     """The modules whose parameters FSDP2 gathers and lets go.
 
     It keeps gathered copies between forward and backward and after an evaluation. ``reshard()`` gives them up, so that the
     next forward or backward gathers what was written to the shards meanwhile.
     """
-    return [m for root in roots for m in root.modules() if hasattr(type(m), "unshard") and hasattr(type(m), "reshard")]
+    return [module for root in roots for module in root.modules() if is_fsdp_module(module)]
 
 
 def data_parallel_rank(weights: "Iterable[AdaptedWeight]") -> int:

@@ -77,14 +77,14 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         # not what a checkpoint or an earlier train() left with the optimizer
         self.optimizer.seed, self.optimizer.step_count = self.options["seed"], state.global_step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the Trainer counts steps that a GradScaler skips, and resumes by its own count
-        if self.optimizer is not None:
-            self.optimizer.step_count = state.global_step
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.optimizer is not None:
             self.optimizer.restore()  # also where the step is skipped, or the optimizer's own step is never called
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the Trainer counts steps that a GradScaler skips, and resumes by its own count
+        if self.optimizer is not None:
+            self.optimizer.step_count = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()

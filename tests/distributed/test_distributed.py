@@ -1,42 +1,31 @@
 """Two processes on CPU: DDP with each rank's own ε or a shared one, and FSDP2, where a rank perturbs its own rows."""
 
 import copy
-import os
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed.fsdp
 from helpers import batch, frozen, lora_mlp, trainable
+from ranks import USABLE, on_ranks
 from torch import distributed as dist
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer
 
-pytestmark = pytest.mark.skipif(
-    os.name == "nt" or not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
-)
+pytestmark = pytest.mark.skipif(not USABLE, reason="needs torch.distributed with gloo")
 SIGMA, STEPS = 0.3, 4
 
 
-def _worker(rank, folder):
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        fsdp2 = hasattr(torch.distributed.fsdp, "fully_shard")  # public from torch 2.6 on
-        results = {job: run(rank) for job, run in JOBS.items() if fsdp2 or not job.startswith("fsdp")}
-        torch.save(results, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def work(rank):
+    fsdp2 = hasattr(torch.distributed.fsdp, "fully_shard")  # public from torch 2.6 on
+    return {job: run(rank) for job, run in JOBS.items() if fsdp2 or not job.startswith("fsdp")}
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     """``on_two_ranks(job)``: what the job returned on each of two ranks. Starting processes is slow: all jobs run in one."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=2)
-    results = [torch.load(folder / str(rank)) for rank in range(2)]
+    results = on_ranks(tmp_path_factory.mktemp("ranks"), work)
 
     def of(job):
         if job not in results[0]:
@@ -339,10 +328,114 @@ def test_fsdp2_resumes_bit_for_bit(on_two_ranks):
     assert on_two_ranks("fsdp resume") == [(4, True), (4, True)]
 
 
+READS = ("first", "before backward", "before the step", "before both")
+
+
+def fsdp_reads(rank, options, when):
+    """Gradients and adapters of a run, without readers and with one here and there; whether readers found W clean."""
+    torch.manual_seed(0)
+    model = lora_mlp()
+    reference = copy.deepcopy(model).eval()
+    optimizer = make(model) if when == "wrapped first" else None
+    names = {id(p): name for name, p in model.named_parameters()}
+    sharded(model, **options)
+    if optimizer is None:
+        optimizer = make(model)
+    else:  # as accelerate does: the optimizer gets the shards of its parameters
+        shards = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [shards[names[id(p)]] for p in group["params"]]
+    clean, start, runs = all_full(model), copy.deepcopy(model.state_dict()), {}
+    for where in ("never", *READS):
+        model.load_state_dict(start)
+        optimizer.state.clear()
+        optimizer.step_count, seen, gradients = 0, [], []
+
+        def read(now, where=where, seen=seen):
+            if now == where or (where == "before both" and now != "first"):
+                with torch.no_grad():
+                    found = model.eval()(batch()[0])
+                model.train()
+                for mine, shard in zip(trainable(reference), (p for g in optimizer.param_groups for p in g["params"])):
+                    mine.data = full(shard)  # not by the model, which would shard again what was gathered
+                seen.append(torch.allclose(found, reference(batch()[0]), atol=1e-6))
+
+        for step in range(3):
+            read("first")
+            for micro in range(2):
+                loss = loss_of(model, 10 * step + micro + 5 * rank)
+                read("before backward")
+                loss.backward()
+                read("before the step")
+            gradients.append([full(p.grad) for group in optimizer.param_groups for p in group["params"]])
+            optimizer.step()
+            optimizer.zero_grad()
+            now = all_shards_full(model)
+            assert all(torch.equal(now[name], clean[name]) for name in frozen(model)), "W did not come back"
+        runs[where] = gradients, seen
+    return runs
+
+
+def all_shards_full(model):
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return all_full(model)
+
+
+@pytest.mark.parametrize("when", ["sharded first", "wrapped first"])
+@pytest.mark.parametrize("reshards", [True, False, None])
+def test_reading_amid_a_step_of_fsdp2_changes_nothing(on_two_ranks, when, reshards):
+    for runs in on_two_ranks(f"fsdp reads {when} {reshards}"):
+        expected, _ = runs["never"]
+        for where in READS:
+            gradients, seen = runs[where]
+            assert seen == [True] * len(seen)
+            assert len(seen) == {"first": 3, "before both": 12}.get(where, 6)
+            for step, wanted in zip(gradients, expected):
+                assert all(torch.equal(got, want) for got, want in zip(step, wanted)), where
+
+
+def fsdp_inside(rank):
+    """The module given to fully_shard lies around the target, so its forward begins first."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, perturbed = lora_mlp(), []
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    targets = [{"modules": model.base_model.model.first}]
+    optimizer = FlatPerturbOptimizer(optimizer, targets, sigma=SIGMA, schedule="constant")
+    clean = all_full(model)
+
+    def changed():
+        now = all_shards_full(model)
+        return [name for name in frozen(model) if not torch.equal(now[name], clean[name])]
+
+    for step in range(2):
+        loss_of(model, step).backward()
+        perturbed.append(changed())
+        optimizer.step()
+        optimizer.zero_grad()
+    return perturbed, changed()
+
+
+def test_targets_inside_a_module_given_to_fully_shard(on_two_ranks):
+    for perturbed, left in on_two_ranks("fsdp inside"):
+        assert perturbed == [["base_model.model.first.base_layer.weight"]] * 2
+        assert left == []
+
+
 JOBS = {
     **{f"ddp {s} {n}": partial(ddp_run, shared=s, accumulation=n) for s in (False, True) for n in (1, 2)},
     **{f"noise {shared}": partial(noise_of_a_rank, shared=shared) for shared in (False, True)},
     **{f"fsdp {n}": partial(fsdp_run, config=c, dtype=d, options=o) for n, (c, d, o) in FSDP_RUNS.items()},
+    **{
+        f"fsdp reads {when} {r}": partial(fsdp_reads, options={} if r is None else {"reshard_after_forward": r}, when=when)
+        for when in ("sharded first", "wrapped first")
+        for r in (True, False, None)
+    },
+    "fsdp inside": fsdp_inside,
     "fsdp exception": fsdp_exception,
     "fsdp conv1d": fsdp_conv1d,
     "fsdp resume": fsdp_resume,

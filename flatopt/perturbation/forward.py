@@ -111,9 +111,9 @@ class ForwardPlan:
         if idle and not self._told_of_idle:
             warn_user(
                 f"{len(idle)} of {len(self.views)} layers that get their noise in the forward did not run it in the last "
-                f"step, so nothing of theirs was perturbed: {idle[0]}{', ...' if len(idle) > 1 else ''}. That is "
-                "as it should be for an expert that no token went to. If fused kernels read these weights without calling the layers "
-                "(axolotl's lora_mlp_kernel and its like, unsloth), switch them off, or load the base unquantised"
+                f"step, so nothing of theirs was perturbed: {idle[0]}{', ...' if len(idle) > 1 else ''}. For an expert that "
+                "no token went to, that is right. If fused kernels read these weights without calling the layers (axolotl's "
+                "lora_mlp_kernel and its like, unsloth), switch them off, or load the base unquantised"
             )
         self._told_of_idle = True
 

@@ -1,4 +1,5 @@
-"""griffe extension: docstrings are in reStructuredText's roles and formulas, the site is in Markdown."""
+"""griffe extension: docstrings are in reStructuredText's roles and formulas, the site is in Markdown; and a line that
+documents several arguments becomes one for each, so that each finds its type and default."""
 
 import re
 import textwrap
@@ -24,7 +25,18 @@ def to_markdown(text: str) -> str:
     return re.sub(r"^( *)Example::$", r"\1Example:", text, flags=re.MULTILINE).rstrip()
 
 
+def one_argument_a_line(text: str) -> str:
+    def split(found: re.Match) -> str:
+        return "".join(f"{found['indent']}{name}: {found['rest']}" for name in found["names"].split(", "))
+
+    def arguments(found: re.Match) -> str:
+        several = r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<rest>.*\n(?:(?P=indent) +.*\n)*)"
+        return re.sub(several, split, found[0], flags=re.MULTILINE)
+
+    return re.sub(r"^Args:\n(?: +.*\n)+", arguments, text + "\n", flags=re.MULTILINE).rstrip()
+
+
 class Markdown(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = to_markdown(obj.docstring.value)
+            obj.docstring.value = one_argument_a_line(to_markdown(obj.docstring.value))

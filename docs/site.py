@@ -34,6 +34,6 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     def formula(found):
         latex = re.sub(r"\\(mathbb|mathcal|mathrm) (\w)", r"\\\1{\2}", html.unescape(found[2]).strip())
-        return latex2mathml.converter.convert(latex, display="block" if found[1] == "div" else "inline")
+        return latex2mathml.converter.convert(latex, display="block" if found[1] == "div" else "inline").replace("\\_", "_")
 
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)

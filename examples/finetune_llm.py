@@ -14,24 +14,13 @@ import argparse
 import copy
 
 import torch
-from datasets import Dataset
 from paired import show
 from peft import LoraConfig, get_peft_model
-from smollm2 import exact_match, load, problems, prompt_of
+from smollm2 import encode, exact_match, load, problems
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from flatopt.integrations.transformers import FlatPerturbCallback
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: "list[dict[str, str]]") -> Dataset:
-    """Token ids of question and answer; the loss is on the answer alone."""
-    rows = []
-    for each in pairs:
-        prompt = tokenizer(prompt_of(tokenizer, each["question"]), add_special_tokens=False)["input_ids"]
-        answer = tokenizer(each["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    return Dataset.from_list(rows)
 
 
 @torch.no_grad()

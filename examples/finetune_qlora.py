@@ -11,10 +11,9 @@ import argparse
 import tempfile
 
 import torch
-from finetune_llm import encode
 from paired import show
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from smollm2 import exact_match, load, problems
+from smollm2 import encode, exact_match, load, problems
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -10,6 +10,7 @@ from pathlib import Path
 import reasoning_gym
 import torch
 import transformers
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 FAMILIES = {
@@ -50,6 +51,16 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     if tokenizer.chat_template is None:
         return f"{question}\n"
     return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: "list[dict[str, str]]") -> Dataset:
+    """Token ids of question and answer; the loss is on the answer alone."""
+    rows = []
+    for each in pairs:
+        prompt = tokenizer(prompt_of(tokenizer, each["question"]), add_special_tokens=False)["input_ids"]
+        answer = tokenizer(each["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return Dataset.from_list(rows)
 
 
 @torch.no_grad()

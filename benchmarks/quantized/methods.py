@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import flatopt
+from flatopt.flatness.quantization import rounding
 
-METHODS = ("plain", "flat", "group", "sam-adapter", "sam-full", "bilora")
 
-
-def adapted(task) -> nn.Module:
+def adapted(task, rank: int) -> nn.Module:
     """The task's model with LoRA on its targets, alpha = 2 r."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(task.model(), LoraConfig(r=task.rank, lora_alpha=2 * task.rank, target_modules=list(task.targets)))
+    return get_peft_model(task.model(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(task.targets)))
 
 
 class Lora:
@@ -27,7 +26,7 @@ class Lora:
 
     def __init__(self, layer: nn.Module):
         self.weight = layer.get_base_layer().weight
-        self.A, self.B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        self.A, self.B, self.module = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer
         self.scaling = layer.scaling["default"]
 
     @property
@@ -83,8 +82,9 @@ class Gradient:
 class Trainer:
     """A task's adapted model, and training it anew for every run."""
 
-    def __init__(self, task):
-        self.task, self.model = task, adapted(task)
+    def __init__(self, task, rank: "int | None" = None):
+        self.task, self.rank = task, rank or task.rank
+        self.model = adapted(task, self.rank)
         self.layers = [Lora(m) for m in self.model.modules() if hasattr(m, "lora_A")]
         self.parameters = [p for layer in self.layers for p in (layer.A, layer.B)]
         self.model.train()
@@ -94,12 +94,15 @@ class Trainer:
         self.batch = tuple(t[: task.batch] for t in task.train(0))
         self._gradients = {}
 
-    def gradient(self, full: bool) -> Gradient:
-        """Of the adapter alone, or of the frozen weights too."""
-        if full not in self._gradients:
+    def gradient(self, full: bool = False, parts: int = 1, key: object = None) -> Gradient:
+        """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``. Kept by these and by
+        ``key``, for a method that changes what the model computes."""
+        known = full, parts, key
+        if known not in self._gradients:
             wanted = [*self.parameters, *([layer.weight for layer in self.layers] if full else [])]
-            self._gradients[full] = Gradient(self.model, self.task.loss_and_accuracy, self.batch, wanted)
-        return self._gradients[full]
+            batch = tuple(t[: len(t) // parts] for t in self.batch)
+            self._gradients[known] = Gradient(self.model, self.task.loss_and_accuracy, batch, wanted)
+        return self._gradients[known]
 
     def reset(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -111,27 +114,41 @@ class Trainer:
 
     def run(self, config: dict, seed: int) -> None:
         """Train by ``config``: ``method``, ``strength`` (σ, factor or ρ), ``lr``, ``steps``, ``weight_decay``, ``ema``."""
+        from .rivals import RIVALS
+
         self.reset(seed)
         steps = config["steps"]
-        gradient = self.gradient(config["method"] in ("sam-full", "bilora"))
         for p in self.parameters:
             p.grad = None
         optimizer = torch.optim.AdamW(
             self.parameters, lr=config["lr"], weight_decay=config["weight_decay"], fused=self.batch[0].is_cuda
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        step_by = METHOD[config["method"]](self, optimizer, gradient, config, seed)
-        average = [p.detach().clone() for p in self.parameters] if config["ema"] else []
-        data = self.task.train(seed)
-        for step, index in enumerate(indices(len(data[0]), steps, self.task.batch, seed)):
-            step_by(step, tuple(t[index.to(t.device)] for t in data))
-            scheduler.step()
+        with contextlib.ExitStack() as cleanup:
+            step_by = {**METHOD, **RIVALS}[config["method"]](self, optimizer, config, seed)
+            cleanup.callback(getattr(step_by, "close", lambda: None))
+            average = [p.detach().clone() for p in self.parameters] if config["ema"] else []
+            data = self.task.train(seed)
+            for step, index in enumerate(indices(len(data[0]), steps, self.task.batch, seed)):
+                step_by(step, tuple(t[index.to(t.device)] for t in data))
+                scheduler.step()
+                if average:
+                    torch._foreach_lerp_(average, [p.detach() for p in self.parameters], 1 - config["ema"])
             if average:
-                torch._foreach_lerp_(average, [p.detach() for p in self.parameters], 1 - config["ema"])
-        if average:
-            torch._foreach_copy_([p.detach() for p in self.parameters], average)
+                torch._foreach_copy_([p.detach() for p in self.parameters], average)
         del step_by, optimizer, scheduler
         gc.collect()  # lets go of the hooks of a FlatPerturbOptimizer
+
+    @contextlib.contextmanager
+    def rounded_base(self, form: "str | None"):
+        """Inside, the adapted layers' W stands at its values rounded to ``form``."""
+        if form is None:
+            yield
+            return
+        round_to = rounding(form)
+        offsets = [round_to(layer.rows.float()) - layer.rows.float() for layer in self.layers]
+        with self.moved(offsets), torch.enable_grad():
+            yield
 
     @contextlib.contextmanager
     def moved(self, offsets: "list[Tensor]"):
@@ -161,7 +178,12 @@ def rising(step: int, steps: int) -> float:
     return 0.5 * (1 - math.cos(math.pi * step / steps))
 
 
-def plain(trainer, optimizer, gradient, config, seed):
+# A method is given the trainer, the optimizer and the run's settings, and returns ``step(number, batch)``.
+
+
+def plain(trainer, optimizer, config, seed):
+    gradient = trainer.gradient()
+
     def step(_, batch):
         gradient(batch)
         optimizer.step()
@@ -169,8 +191,9 @@ def plain(trainer, optimizer, gradient, config, seed):
     return step
 
 
-def flat(trainer, optimizer, gradient, config, seed):
+def flat(trainer, optimizer, config, seed):
     """The library's: the noise of Eq. 7, taken off bit for bit."""
+    gradient = trainer.gradient()
     wrapped = flatopt.FlatPerturbOptimizer(
         optimizer, trainer.model, sigma=config["strength"], total_steps=config["steps"], seed=seed
     )
@@ -192,8 +215,9 @@ def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generato
     return u.mul_(width).view(rows, -1)[:, :fan_in]
 
 
-def group(trainer, optimizer, gradient, config, seed):
+def group(trainer, optimizer, config, seed):
     """Noise shaped like int4 by groups of 64: std = strength × step/√12."""
+    gradient = trainer.gradient()
     generator = torch.Generator(trainer.batch[0].device).manual_seed(seed)
 
     def step(number, batch):
@@ -211,7 +235,8 @@ def gradient_in(gradient, batch):
 
 
 def sam(space: str):
-    def make(trainer, optimizer, gradient, config, seed):
+    def make(trainer, optimizer, config, seed):
+        gradient = trainer.gradient(full=space == "full")
         wrapped = flatopt.SAM(
             optimizer, rho=config["strength"], space=space, targets=trainer.model if space == "full" else None
         )
@@ -220,40 +245,4 @@ def sam(space: str):
     return make
 
 
-def bilora(trainer, optimizer, gradient, config, seed):
-    """Bi-LoRA (arXiv 2508.19564): a second pair climbs by the same backward; √Σ‖B₂A₂‖² is kept ≤ ρ; dropped at the end."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    device, pairs = trainer.batch[0].device, []
-    for layer in trainer.layers:
-        m, n = layer.rows.shape
-        A = torch.rand(trainer.task.rank, n, generator=generator).sub(0.5).mul(2 / math.sqrt(n)).to(device)
-        pairs.append((torch.zeros(m, trainer.task.rank, device=device), A))
-
-    def step(_, batch):
-        scaling = trainer.layers[0].scaling
-        with trainer.moved([scaling * (B @ A) for B, A in pairs]):
-            gradient_in(gradient, batch)
-            lr = optimizer.param_groups[0]["lr"]
-            for layer, (B, A) in zip(trainer.layers, pairs):
-                g = layer.weight.grad.flatten(1).float()
-                up_B, up_A = scaling * g @ A.t(), scaling * B.t() @ g
-                B.add_(up_B, alpha=lr)
-                A.add_(up_A, alpha=lr)
-            length = torch.stack([(scaling * (B @ A)).square().sum() for B, A in pairs]).sum().sqrt()
-            shrink = (config["strength"] / length.clamp(min=1e-12)).clamp(max=1).sqrt()
-            for B, A in pairs:
-                B.mul_(shrink)
-                A.mul_(shrink)
-        optimizer.step()
-
-    return step
-
-
-METHOD = {
-    "plain": plain,
-    "flat": flat,
-    "group": group,
-    "sam-adapter": sam("adapter"),
-    "sam-full": sam("full"),
-    "bilora": bilora,
-}
+METHOD = {"plain": plain, "flat": flat, "group": group, "sam-adapter": sam("adapter"), "sam-full": sam("full")}

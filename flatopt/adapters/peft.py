@@ -164,7 +164,12 @@ class Peft(Singleton):
         return inner is not None and is_tuner_layer(inner) and any(link.merged for link in _chain(layer)[1:])
 
     def guarded_methods(self, layer: nn.Module) -> list[tuple[type, str]]:
-        methods = [(type(link), name) for link in _chain(layer) for name in ("merge", "unmerge")]
+        names = (
+            "merge",
+            "unmerge",
+            "update_layer",
+        )  # the last makes an adapter, from W where its initialisation asks for it
+        methods = [(type(link), name) for link in _chain(layer) for name in names if hasattr(link, name)]
         found = [_tuners_utils().BaseTuner]
         for cls in found:  # older PEFT defines these methods in each of them
             found += [sub for sub in cls.__subclasses__() if sub not in found]

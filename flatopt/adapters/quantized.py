@@ -116,14 +116,50 @@ def _scaled_blocks(layer: Any, weight: Tensor) -> Tensor:
     return numbers
 
 
-def scaled_bytes(weight: Any) -> "tuple[Tensor, Tensor] | None":
-    """``(elements, scales)`` where W is contiguous int8 elements times one scale a row, as torchao and quanto keep it."""
+class Blocks(NamedTuple):
+    """W, (m, n), as small integers: (element - zero point) × scale, one of each for every equally long block of a row.
+
+    ``elements``: contiguous int8, one each; or with ``halves`` uint8 of two: the upper four bits are W's first half, the
+    lower ones its second half. ``zeros``: None where they all are 0.
+    """
+
+    shape: tuple[int, int]
+    elements: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    halves: bool
+
+
+def blocks_of(layer: Any, weight: Any) -> "Blocks | None":
+    """How torchao's, quanto's and HQQ's weights are kept, where that is in :class:`Blocks` of even length."""
+    found = _hqq_blocks(layer, weight) if hasattr(layer, "W_q") else _byte_blocks(weight)
+    if found is None:
+        return None
+    (m, n), count = found.shape, found.scales.numel()
+    length = m * n // count
+    fits = count * length == m * n and n % length == 0 and length % 2 == 0 and found.elements.is_contiguous()
+    one_each = found.zeros is None or found.zeros.numel() == count
+    return found if fits and one_each and found.scales.is_contiguous() else None
+
+
+def _byte_blocks(weight: Any) -> "Blocks | None":
     for elements, scales in (("qdata", "scale"), ("_data", "_scale")):
         q, s = getattr(weight, elements, None), getattr(weight, scales, None)
-        if isinstance(q, Tensor) and isinstance(s, Tensor) and q.dtype == torch.int8 and q.is_contiguous():
-            symmetric = getattr(weight, "zero_point", None) is None
-            return (q, s) if symmetric and s.numel() == len(q) and q.shape == weight.shape else None
+        if isinstance(q, Tensor) and isinstance(s, Tensor) and q.dtype == torch.int8 and q.shape == weight.shape:
+            zeros = getattr(weight, "zero_point", None)
+            return Blocks((q.shape[0], q.shape[1]), q, s, zeros, False) if q.dim() == 2 else None
     return None
+
+
+def _hqq_blocks(layer: Any, weight: Tensor) -> "Blocks | None":
+    meta = layer.meta
+    scales, zeros = meta.get("scale"), meta.get("zero")
+    if meta.get("packing") != "4bit_u8" or meta.get("axis") != 1 or meta.get("view_as_float"):
+        return None
+    if not isinstance(scales, Tensor) or not isinstance(zeros, Tensor) or meta["quant_zero"] or meta["quant_scale"]:
+        return None
+    m, n = meta["shape"]
+    return Blocks((m, n), weight.data, scales, zeros, True) if 2 * weight.numel() == m * n else None
 
 
 def data_ptr(weight: Tensor) -> int:

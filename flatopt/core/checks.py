@@ -1,5 +1,6 @@
 """Whether a weight can be perturbed as it stands now."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,6 +29,10 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
             f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model "
             "with the bare optimizer: flatopt adds 8 bytes a row of W"
         )
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{path} is not initialised yet: run a forward of its lazy module first")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{path} is sparse ({tensor.layout}): it cannot be perturbed. Give a dense tensor, or leave it out")
     if tensor.is_inference():
         raise ValueError(
             f"{path} was made under torch.inference_mode(): it can neither be written to nor trained through. Make or load "
@@ -48,6 +53,11 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         raise ValueError(
             f"{path} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}; flatopt perturbs plain "
             f"tensors of fp32, bf16, fp16 and fp64, and quantised weights that it knows. {WAY_OUT}"
+        )
+    if form is None and _overlaps_itself(tensor):
+        raise ValueError(
+            f"{path} has elements that share memory (an expanded or strided view), so that noise on one would be noise on "
+            "others. Replace the parameter by a clone of it"
         )
     if tensor.device.type == "meta":
         raise ValueError(
@@ -82,6 +92,15 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         )
     if getattr(weight.owner.__dict__.get("_hf_hook"), "offload", False):
         raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def check_lasting(weight: AdaptedWeight) -> None:

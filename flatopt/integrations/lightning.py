@@ -29,9 +29,9 @@ class FlatPerturbCallback(pl.Callback):
         targets: None: every adapted layer of the module; or target groups as ``FlatPerturbOptimizer`` takes them.
         schedule, noise, restore, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
-    Raises (when training begins):
-        ValueError: if ``total_steps`` is needed and unknown, if the module has several optimizers, and for what
-            ``FlatPerturbOptimizer`` refuses.
+    Raises:
+        ValueError: when training begins, if ``total_steps`` is needed and unknown, if the module has several optimizers, and
+            for what ``FlatPerturbOptimizer`` refuses.
 
     Example::
 

@@ -30,9 +30,9 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
             ``model_init=``).
         schedule, noise, restore, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
-    Raises (when training begins):
-        ValueError: for arguments and models that ``FlatPerturbOptimizer`` refuses; if the trainer's optimizer is a
-            ``FlatPerturbOptimizer`` already.
+    Raises:
+        ValueError: when training begins, for arguments and models that ``FlatPerturbOptimizer`` refuses; if the trainer's
+            optimizer is a ``FlatPerturbOptimizer`` already.
 
     Example::
 

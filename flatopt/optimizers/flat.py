@@ -1,6 +1,7 @@
 """The optimizer wrapper: the one line that changes."""
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,7 +145,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
-        handles = listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        handles: list[Any] = []
         inner = self.innermost
         for register, hook in (
             (inner.register_step_pre_hook, FlatPerturbOptimizer._before_inner_step),
@@ -233,6 +235,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             ValueError: a schedule without ``total_steps``, or a weight that cannot be perturbed now, named.
             RuntimeError: after :meth:`detach`, or where another optimizer is amid a step on the same weight.
         """
+        if self._weights.partly:
+            self._weights.restore()
+        self._doors.find_strangers()
         if self._weights.state != CLEAN:
             self._weights.resume()
             return
@@ -261,7 +266,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             RuntimeError: naming the weights that were written to while perturbed, after all others came back.
         """
         self._weights.restore()
-        self._doors.forget_strangers()
 
     @contextmanager
     def perturbed(self) -> "Iterator[FlatPerturbOptimizer]":
@@ -346,7 +350,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if inner in _chain(optimizer) or optimizer in _chain(self):
             return
         mine = {id(p) for group in inner.param_groups for p in group["params"]}
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        shared = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        if shared and not _step_is_running(self, inner):
             self._warn_once(
                 subject,
                 f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
@@ -504,8 +509,7 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
         weights.detach()
     finally:
         doors.weights = None
-        doors.forget_strangers()
-        for handle in handles:
+        for handle in (*handles, *doors.handles):
             handle.remove()
         release()
 
@@ -518,6 +522,19 @@ def _chain(optimizer: Any) -> "list[Any]":
         held = optimizer.__dict__
         optimizer = held.get("optimizer", held.get("_base_optimizer"))
     return chain
+
+
+def _step_is_running(*optimizers: Optimizer) -> bool:
+    """Whether the step of one of these, with torch's hooks around it, is what called: then its parts step in it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP and any(frame.f_locals.get("self") is optimizer for optimizer in optimizers):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_HOOKED_STEP = Optimizer.profile_hook_step(len).__code__
 
 
 def _first_parameter(optimizer: Optimizer) -> int:

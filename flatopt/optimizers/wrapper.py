@@ -18,6 +18,15 @@ class OptimizerWrapper(Optimizer):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a constructed torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = optimizer
+        inner = self.innermost
+        if "_optimizer_step_pre_hooks" not in inner.__dict__:  # a composite that did without Optimizer.__init__
+            try:
+                Optimizer.__setstate__(inner, {})  # gives it torch's hooks
+            except AttributeError as error:
+                raise TypeError(
+                    f"{type(inner).__name__} did not call torch.optim.Optimizer.__init__ and lacks {error.name!r}: call "
+                    "super().__init__(params, defaults) in it"
+                ) from error
 
     @property
     def innermost(self) -> Optimizer:

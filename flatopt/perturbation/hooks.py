@@ -6,6 +6,7 @@ Nothing here depends on a hook after a forward having run: an interrupt skips th
 """
 
 import contextlib
+import gc
 import sys
 import threading
 import weakref
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..adapters.raw import RAW
 from ..core.sharding import is_fsdp_module
+from ..core.warn import warn_user
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -32,11 +35,16 @@ class Doors:
             weakref.WeakKeyDictionary()
         )  # root -> its last forward's kind
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
-        self._strangers: Any = None
-        self._memory: set[int] | None = None
+        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose hooks open a step
+        self.handles: list[Any] = []
+        self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of them inside and run as one
+        self._looked = False
+        self._memory: set[int] = set()
         self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
         self._clock = 0
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+        self.within = False  # whether there are any: torch.compile keeps code for each value
         self.adapters_changed = False  # maybe: somebody called a method that can
 
     # --- what a forward wants ---------------------------------------------------------------------------------------
@@ -45,8 +53,10 @@ class Doors:
         """Bring W to what a forward of ``module`` needs: W + ε if it trains, W if not."""
         weights = self.weights
         assert weights is not None
-        if weights.held or trains is (weights.state == PERTURBED):
+        trains = trains or weights.held
+        if trains is weights.noisy and not weights.partly:
             return
+        _refuse_transforms(module)
         running = [m for m in _running_modules() if is_fsdp_module(m)] if _is_distributed() else []
         with weights.gathered_again(running[::-1]):
             self._move(module, trains)
@@ -58,7 +68,6 @@ class Doors:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
                 self.forget_first_pass()
-                self._memory = None
             self.perturb()
         elif threading.get_ident() != weights.thread:
             raise RuntimeError(
@@ -79,6 +88,11 @@ class Doors:
         """A forward inside backward repeats one that was made before: it must find the same W."""
         weights = self.weights
         assert weights is not None
+        if weights.partly:
+            raise RuntimeError(
+                f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier "
+                "restore failed. Call optimizer.restore() and begin the step anew"
+            )
         if weights.held or not (torch.is_grad_enabled() and module.training):
             return
         if weights.state == CLEAN or (weights.state == PERTURBED and module in self.ran_clean):
@@ -126,38 +140,80 @@ class Doors:
                 root = frame.f_locals.get("self")
                 if isinstance(root, nn.Module) and root in self.trains:
                     return self.trains[root] and (within_function or not explicit)
-            elif code.co_name == "forward" and code.co_argcount and not within_function:
-                context = frame.f_locals.get(code.co_varnames[0])
-                within_function = isinstance(context, torch._C._FunctionBase)
+            elif not within_function:
+                within_function = _is_function_forward(frame)
             frame = frame.f_back  # type: ignore[assignment]
         return None
 
     # --- modules that are not ours but hold our memory --------------------------------------------------------------
 
-    def watch_strangers(self) -> None:
-        """Until the next training forward, any module that shares the weights' memory (a teacher, a tied head) is a door.
+    def find_strangers(self) -> None:
+        """Hook every module of the process that shares the weights' memory (a teacher, a tied head): it reads W too.
 
-        Not where torch.compile is in use: it would compile anew whenever this hook comes or goes.
+        One look, before the first perturbation; those that get such a parameter later tell when they register it. A hook on
+        all modules would cost each forward, and torch.compile would compile anew where it comes or goes.
         """
+        if self._looked:
+            return
+        self.look_where_they_lie()
+        self._looked = True
+        modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+        scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        if any(self.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
+            warn_user(
+                "a TorchScript module shares memory with weights that FlatPerturbOptimizer perturbs, and takes no hooks: "
+                "amid a step it would see their noise. Call optimizer.restore() before it runs"
+            )
+        for module in plain:
+            if any(map(self.holds, module.__dict__.get("_parameters", {}).values())):
+                self.listen_to_stranger(module)
+        for module in plain:
+            inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
+            compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
+            whole = compiled or isinstance(inner, torch.fx.GraphModule)
+            if whole and inner not in self._wholes and not self._strangers.isdisjoint(inner.modules()):
+                self._wholes.add(inner)
+                self.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(self), prepend=True))
+
+    def listen_to_stranger(self, module: nn.Module) -> None:
+        if module in self.owners or module in self._strangers:
+            return
+        self._strangers.add(module)
+        self.handles.append(module.register_forward_pre_hook(BeforeStranger(self), prepend=True))
+        self.handles += clean_copies(module, CleanFirst(self))
+
+    def registered(self, module: nn.Module, parameter: Any) -> None:
+        """Somebody gives ``module`` a parameter: if it is one of ours, the module is a reader too."""
         weights = self.weights
-        if weights is None or self._strangers is not None or weights.held or _compiles():
+        if weights is None or not self.holds(parameter) or module in self.owners or module in self._strangers:
             return
-        self._strangers = register_module_forward_pre_hook(self._stranger)
+        if not isinstance(module, torch.jit.ScriptModule):
+            self.listen_to_stranger(module)
+        self.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
+        if weights.noisy and not weights.held and threading.get_ident() == weights.thread and not _in_backward():
+            weights.suspend()
 
-    def forget_strangers(self) -> None:
-        if self._strangers is not None:
-            self._strangers.remove()
-            self._strangers = None
+    def look_again(self) -> None:
+        """Before W is next perturbed."""
+        self._looked = False
 
-    def _stranger(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and module.training):
-            return
-        if self.weights is None or self.weights.state != PERTURBED or _in_backward():
-            return
-        if self._memory is None:
-            self._memory = {_storage(weight.parameter) for weight in self.weights.weights()} - {0}
-        if any(p is not None and _storage(p) in self._memory for p in module._parameters.values()):
-            self.settle(module, False)
+    def look_where_they_lie(self) -> None:
+        """Take down the memory of the weights; not of raw parameters, which have no forward to listen to."""
+        weights = self.weights.weights() if self.weights is not None else []
+        mine = [w.owner._parameters.get(w.name) for w in weights if w.adapter is not RAW]
+        self._memory = {_storage(parameter) for parameter in mine if parameter is not None} - {0}
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether ``tensor`` shares memory with a weight."""
+        return isinstance(tensor, Tensor) and _storage(tensor) in self._memory
+
+    def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
+        """The weights and what else shares their memory, each with a module that holds it."""
+        mine = [(w.owner, w.parameter) for w in self.weights.weights()] if self.weights is not None else []
+        for module in (*self.owners, *self._strangers):
+            mine += [(module, p) for p in module._parameters.values() if p is not None and self.holds(p)]
+        return list({(id(module), id(p)): (module, p) for module, p in mine}.values())
 
     # --- gradient caches --------------------------------------------------------------------------------------------
 
@@ -183,9 +239,8 @@ class Doors:
                 raise RuntimeError(
                     f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
                     "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
-                    "must see "
-                    "the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant to be "
-                    "clean, run it in eval mode"
+                    "must see the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant "
+                    "to be clean, run it in eval mode"
                 )
 
 
@@ -203,27 +258,29 @@ class _Hook:
         doors, copy = self.doors, type(self).__new__(type(self))
         copy.doors = None
         weights = doors.weights if doors is not None else None
-        if weights is not None and weights.state == PERTURBED and not weights.held:
-            parameters = [weight.parameter for weight in weights.weights()]
+        if doors is not None:
+            doors.look_again()  # the copy may share the weights, as a reference model's does
+        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
+            parameters = doors.parameters()
             weights.suspend()
             with torch.no_grad():
-                for parameter in parameters:  # the copier may have passed W before it came here
+                for _, parameter in parameters:  # the copier may have passed W before it came here
                     if id(parameter) in memo:
                         memo[id(parameter)].copy_(parameter)
         return copy
 
     def __reduce__(self) -> Any:
         corrections = []
-        weights = self.doors.weights if self.doors is not None else None
-        if weights is not None and weights.state == PERTURBED and not weights.held:
+        doors = self.doors
+        weights = doors.weights if doors is not None else None
+        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
             weights.suspend()
             # the pickler may have written W before it came here: what it writes now puts W right when it is loaded
-            owned = [(w.owner, w.parameter) for w in weights.weights()]
-            corrections = [_Correction(p) for owner, p in owned if self._sits_on(owner)]
+            corrections = [_Correction(p) for module, p in doors.parameters() if self._sits_on(module)]
         return getattr, (contextlib.nullcontext(), "__exit__", corrections)
 
-    def _sits_on(self, owner: nn.Module) -> bool:
-        return any(hook is self for hook in owner._forward_pre_hooks.values())
+    def _sits_on(self, module: nn.Module) -> bool:
+        return any(hook is self for hook in module._forward_pre_hooks.values())
 
 
 class _Correction:
@@ -238,7 +295,9 @@ class BeforeRoot(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None:
+        if (
+            doors is None or doors.weights is None or torch.compiler.is_compiling()
+        ):  # the latter: torch.export's fake forward
             return
         trains = torch.is_grad_enabled() and (module.training or _in_training_module())
         if is_fsdp_module(module):
@@ -256,11 +315,11 @@ class BeforeRoot(_Hook):
             return
         doors.trains[module] = trains
         doors.inside.add(module)
+        doors.within = True
         if trains:
-            doors.forget_strangers()
             if doors.weights.state == CLEAN:
                 doors.refuse_second_pass(module, (args, kwargs))
-        elif module.training:
+        elif module.training and not doors.weights.held:
             doors.ran_clean.add(module)
             if doors.weights.state == CLEAN:
                 doors.first_pass((args, kwargs))
@@ -278,41 +337,47 @@ class AfterRoot(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None:
+        if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
         trains = doors.trains.get(module)
         if _in_backward():
             return
         doors.inside.discard(module)
+        doors.within = bool(doors.inside)
         if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
-            doors.watch_strangers()
         elif trains is False and torch.is_grad_enabled():
             doors.refuse_in_backward(output)
 
 
 class BeforeOwner(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # the root decides; a hook that is traced must not break the graph
-            return
         doors = self.doors
         if doors is None or doors.weights is None:
             return
         trains = torch.is_grad_enabled() and module.training
-        if trains is (doors.weights.state == PERTURBED) and (doors.inside or not trains):
+        if torch.compiler.is_compiling():
+            # code is kept for each answer; only where no root around it has made W what it should be does the graph break
+            follows_root = doors.within and not trains and torch.is_grad_enabled()
+            if trains is not doors.weights.noisy and not follows_root and not doors.weights.held:
+                _decide(self, module, doors)
+            return
+        if trains is doors.weights.noisy and (doors.within or not trains) and not doors.weights.partly:
             return
         self.decide(module, doors)
 
-    def decide(self, module: nn.Module, doors: Doors) -> None:
+    def decide(self, module: nn.Module, doors: Doors, compiled: bool = False) -> None:
         weights = doors.weights
-        if weights is None or weights.held or getattr(module, "_is_replica", False):
+        if weights is None or getattr(module, "_is_replica", False):
+            return
+        if weights.held and weights.noisy and not weights.partly:
             return
         if _in_backward():
             doors.recomputed(module)
             return
         trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
         doors.settle(module, trains if around is None else around)
-        if trains and around is None:
+        if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []
 
@@ -321,6 +386,36 @@ class BeforeOwner(_Hook):
                 doors.resume_in_backward(output)
 
             handles.append(module.register_forward_hook(after))
+
+
+@torch.compiler.disable
+def _decide(hook: BeforeOwner, module: nn.Module, doors: Doors) -> None:
+    hook.decide(module, doors, compiled=True)
+
+
+class BeforeStranger(_Hook):
+    """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        doors = self.doors
+        if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
+            return
+        if doors.weights.noisy and not doors.weights.held:
+            _read_clean(doors, module)
+
+
+@torch.compiler.disable
+def _read_clean(doors: Doors, module: nn.Module) -> None:
+    if not _in_backward() and not (module.training and _in_autograd_function()):
+        doors.settle(module, False)
+
+
+class BeforeCompiledStranger(BeforeStranger):
+    """The same for a compiled module as a whole, so that its graph need not break where it reads W."""
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        super().__call__(module, args)
 
 
 class CleanFirst(_Hook):
@@ -332,20 +427,37 @@ class CleanFirst(_Hook):
             self.doors.weights.suspend()
 
 
-def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> "list[Any]":
+def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> None:
     """Register the hooks on the modules whose forward opens a step and on those that hold the weights."""
-    handles: list[Any] = []
-    before, after, owner_hook, clean_first = BeforeRoot(doors), AfterRoot(doors), BeforeOwner(doors), CleanFirst(doors)
+    before, after, clean_first = BeforeRoot(doors), AfterRoot(doors), CleanFirst(doors)
     for root in roots:
         # prepended: FSDP gathers the weights in hooks of its own, and must gather perturbed ones
-        handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
-    for owner in owners:
-        if owner not in doors.trains and owner not in roots:
-            handles.append(owner.register_forward_pre_hook(owner_hook, prepend=True))
-        handles.append(owner.register_state_dict_pre_hook(clean_first))
-        handles.append(owner._register_load_state_dict_pre_hook(clean_first))
-    return handles
+        doors.handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        doors.handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
+    doors.owners.update(owners)
+    doors.look_where_they_lie()
+    tied = [module for root in roots for module in root.modules() if any(map(doors.holds, module._parameters.values()))]
+    for owner in dict.fromkeys((*owners, *tied)):
+        doors.owners.add(owner)
+        if owner not in roots:
+            doors.handles.append(owner.register_forward_pre_hook(BeforeOwner(doors), prepend=True))
+        doors.handles += clean_copies(owner, clean_first)
+    myself = weakref.ref(doors)
+
+    def registered(module: nn.Module, name: str, parameter: Any) -> None:
+        doors = myself()
+        if doors is not None:
+            doors.registered(module, parameter)
+
+    doors.handles.append(register_module_parameter_registration_hook(registered))
+
+
+def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":
+    """Clean W for who reads or writes the module's state dict."""
+    return [
+        module.register_state_dict_pre_hook(clean_first),
+        module._register_load_state_dict_pre_hook(clean_first),
+    ]
 
 
 def _in_training_module() -> bool:
@@ -368,10 +480,37 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _compiles() -> bool:
-    """Whether torch.compile has been used in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["frames"]["total"])
+def _in_autograd_function() -> bool:
+    """Whether the forward of an ``autograd.Function`` runs (reentrant checkpointing), in which gradients are off."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if _is_function_forward(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_function_forward(frame: Any) -> bool:
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return False
+    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch._C._FunctionBase)
+
+
+def _refuse_transforms(module: nn.Module) -> None:
+    """Raise where W cannot be moved now: what is written would become part of what is traced or differentiated."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or []
+    if torch.jit.is_tracing():
+        within = "torch.jit.trace"
+    elif any(level.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for level in levels):
+        within = "torch.func.grad (or vjp, jvp, ...)"
+    else:
+        return
+    raise RuntimeError(
+        f"the base weights would have to move at a forward of {type(module).__name__} that runs inside {within}, where they "
+        "cannot be written to. Before it, call optimizer.perturb() to train, or optimizer.restore() to read clean weights"
+    )
 
 
 def _in_backward() -> bool:
@@ -390,6 +529,8 @@ def _backwards_so_far() -> int:
 
 
 def _storage(tensor: Tensor) -> int:
+    if type(tensor).__name__ == "FakeTensor":
+        return 0
     try:
         return tensor.untyped_storage().data_ptr()
     except (AttributeError, RuntimeError, NotImplementedError):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
 
-from ..adapters.quantized import Format, scaled_bytes, shape_of
+from ..adapters.quantized import Format, blocks_of, shape_of
 from ..core.weight import AdaptedWeight, memory_order
 from ..ops import noise
 from ..ops.scratch import Scratch
@@ -145,10 +145,10 @@ class NoisyWeight:
                 return None
             made: Tensor = kernels.noisy_4bit(weight, std, key)
             return made
-        kept = None if self.format is None else scaled_bytes(weight)
+        kept = None if self.format is None else blocks_of(self.owner, weight)
         if kept is None or dtype not in kernels.DTYPES:
             return None
-        made = kernels.noisy_bytes(*kept, std, key, dtype)
+        made = kernels.noisy_blocks(*kept, std, key, dtype)
         return made
 
     def noise_rows(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..adapters.quantized import data_ptr, format_of
-from ..core.checks import check
+from ..core.checks import check, check_lasting
 from ..core.sharding import first_row, fsdp_modules, is_fsdp_module, let_go, local, local_update
 from ..core.weight import AdaptedWeight, WeightView, in_memory_order
 from ..ops import RESTORES as IN_PLACE
@@ -41,21 +41,33 @@ class PerturbedWeights:
 
     ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
     come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state
-    stays ``"perturbed"`` and :meth:`restore` goes on from where it stopped.
+    stays ``"perturbed"``, ``partly`` is true, and :meth:`restore` goes on from where it stopped.
     """
 
     def __init__(self, groups: "list[dict[str, Any]]", roots: "list[nn.Module]"):
         self.groups, self.roots = groups, roots
-        self.state = CLEAN
-        self.held = False  # inside ``with perturbed()``: forwards move nothing
+        self._state = CLEAN
+        self.noisy = False  # state == PERTURBED: torch.compile keeps code for each value of what a hook reads
+        self.partly = False  # perturbed only in part: nobody may use W before restore() has succeeded
+        self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
         self.thread = 0  # that perturbed them
         self.taken_over = ""  # a weight that a newer optimizer perturbs now
         self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
+        self._request: NoiseRequest
         self._kept_versions: list[tuple[WeightView, Any]] = []
+        self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._state, self.noisy = state, state == PERTURBED
 
     # --- the moves --------------------------------------------------------------------------------------------------
 
@@ -67,8 +79,8 @@ class PerturbedWeights:
             self.resume()
             return
         with self._lock, _writing():
-            _refuse_written(self._written(wait=False))  # a GPU tells of the last step now
-            self._plans = self._look(request)
+            self._refuse(self._written(wait=False))  # a GPU tells of the last step now
+            self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
             key = request.key
             self.state, self.thread = PERTURBED, threading.get_ident()
@@ -84,51 +96,62 @@ class PerturbedWeights:
         """Set W back, bit for bit, and end the step's noise. Idempotent.
 
         Raises:
-            RuntimeError: naming the weights that somebody wrote to while they were perturbed, after all others came back.
+            RuntimeError: naming the weights that somebody wrote to or replaced while they were perturbed, after all others
+                came back.
         """
         if self.state == CLEAN:
             return
         with self._lock, _writing():
             self.reshard()
-            lost = self._replaced()
+            replaced, written = self._replaced(), []
             if self.state == PERTURBED:
-                self._bits_back(lost)
+                written = self._bits_back()
+            else:  # what was replaced since by others' hands found W clean
+                replaced = [view for view in replaced if view in self._swapped]
             self._end()
-        _refuse_written(lost)
+            self._refuse(written, replaced)
 
     def suspend(self) -> None:
         """Clean W for a reader amid a step; :meth:`resume` puts the same perturbed bits back.
 
         A graph that saved the perturbed W is then valid again, so the version counters go back too. Not so with
-        ``subtract``, whose bits drift: there backward raises, as it should.
+        ``subtract``, whose bits drift: there backward raises, as it should. A weight that was replaced may only be swapped
+        out (``functional_call``, an EMA): if it is not back for :meth:`resume` or :meth:`restore`, they raise.
         """
+        if self.partly:
+            self.restore()
         if self.state != PERTURBED:
             return
         with self._lock, _writing():
             self.reshard()
-            lost = self._replaced()
-            if not lost:
-                exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
-                self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
-            self._bits_back(lost)
-            if lost:
+            replaced = self._replaced()
+            exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
+            self._kept_versions = [(v, _unsafe_preserve_version_counter(t)) for v, t in exact]
+            written = self._bits_back()
+            if written:
                 self._end()
-            else:
-                self._note_versions()
-                self.state = SUSPENDED
-        _refuse_written(lost)
+                self._refuse(written, replaced)
+            self._note_versions()
+            self.state, self._swapped = SUSPENDED, replaced
 
     def resume(self) -> None:
-        """The perturbed bits again, after :meth:`suspend`."""
+        """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
         with self._lock, _writing():
             self.reshard()
+            replaced = self._replaced()
+            if replaced or any(look.moved() for look in self._looks):
+                swapped = [view for view in replaced if view in self._swapped]
+                self._end()
+                self._refuse([], swapped)
+                self.perturb(self._request)
+                return
             moved = self._written_to()
             self.state = PERTURBED
             try:
                 for each in self._plans:
-                    each.perturb(self._key)
+                    each.perturb(self._request.key)
                 self._follow()
                 moved += self._written(wait=False)
                 for view, kept in self._kept_versions:
@@ -138,10 +161,11 @@ class PerturbedWeights:
             except BaseException:
                 self._take_back()
                 raise
-            self._kept_versions = []
+            self._kept_versions, self._swapped = [], []
             self._note_versions()
 
-    def _bits_back(self, lost: "list[WeightView]") -> None:
+    def _bits_back(self) -> "list[WeightView]":
+        """Every piece clean. Returns the weights that somebody wrote to."""
         written_to = bool(self._written_to())
         try:
             for each in self._plans:
@@ -151,7 +175,8 @@ class PerturbedWeights:
         except BaseException:
             self._take_back()
             raise
-        lost += [view for view in found if view not in lost]
+        self.partly = False
+        return found
 
     def _written(self, wait: bool) -> "list[WeightView]":
         return [view for look in self._looks for each in look.plans for view in each.written(wait)]
@@ -163,13 +188,14 @@ class PerturbedWeights:
                 each.restore()
             self._follow()
         except BaseException:
+            self.partly = True
             return  # the failure that is being handled is the one to tell
         self._end()
 
     def _end(self) -> None:
         self._note_versions()
-        self.state = CLEAN
-        self._plans, self._kept_versions = [], []
+        self.state, self.partly = CLEAN, False
+        self._plans, self._kept_versions, self._swapped = [], [], []
         for look in self._looks:
             look.release()
 
@@ -179,7 +205,6 @@ class PerturbedWeights:
         """Every weight looked at once, and the plans of this step, their standard deviations filled in."""
         while len(self._looks) < len(self.groups):
             self._looks.append(GroupLook())
-        self._key = request.key
         at_work: list[tuple[GroupLook, float]] = []
         seen: set[int] = set()
         first = 1  # a weight's number is its place in the groups, tied and unperturbed ones counted
@@ -216,6 +241,30 @@ class PerturbedWeights:
         for look in self._looks:
             look.follow()
 
+    def _refuse(self, written: "list[WeightView]", replaced: "Sequence[WeightView]" = ()) -> None:
+        kept = {id(view) for look in self._looks if look.keeps_copies for view in look.views}
+        overwritten, lost = [v for v in written if id(v) in kept], [v for v in written if id(v) not in kept]
+        said = []
+        if lost:
+            said.append(
+                f"{_names(lost)} was written to while it was perturbed, so its clean value is lost. Reload the base weights"
+            )
+        if overwritten:
+            said.append(
+                f"{_names(overwritten)} was written to while it was perturbed: its clean value is back, from the copy, and "
+                "what was written is lost"
+            )
+        if replaced:
+            said.append(
+                f"{_names(replaced)} was replaced while it was perturbed: the parameter that it was is clean again, the new "
+                "one was left as it is, and has noise in it if it was made from the old one's values. If so, reload it"
+            )
+        if said:
+            said.append(
+                "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
+            )
+            raise RuntimeError(". ".join(said))
+
     def reshard(self) -> None:
         """Let go of what FSDP2 gathered, so that the weights are the shards."""
         if not self._fsdp and any(map(is_fsdp_module, self.roots)):
@@ -244,8 +293,11 @@ class PerturbedWeights:
 
     def detach(self) -> None:
         try:
-            self.restore()
-            _refuse_written(self._written(wait=True))
+            try:
+                self.restore()
+            finally:
+                with _writing():
+                    self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)
             own_forwards(self.weights())
@@ -316,12 +368,18 @@ class GroupLook:
         self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, merged, version
         self._keys: list[Any] = []
         self._quantised: list[bool] = []
+        self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore, list(map(id, weights)))
         if self._settings != settings:
-            self._settings, self._weights, self._seen, self._keys = settings, weights, [], []
+            self._settings, self._weights, self._seen, self._keys = (
+                settings,
+                list(weights),
+                [],
+                [],
+            )  # amid a step they are these
             self._quantised = [False] * len(weights)
             self._known = [WeightView(weight, first + i) for i, weight in enumerate(weights)]
             self.plans = []
@@ -413,29 +471,50 @@ class GroupLook:
         return [view for view in self.views if id(view) in moved and not view.weight.version_moves]
 
     def replaced(self) -> "list[WeightView]":
-        """Weights that are no longer the parameter they were; none where each forward makes them anew."""
-        now = parameters_of(self._weights) if self.tensors else []
-        if all(map(operator.is_, now, self.parameters)):
+        """Weights in whose place something else stands: another parameter, or other values as its data.
+
+        None where each forward makes them anew. What only lies in other memory (``model.to``) is noted, see :meth:`moved`.
+        """
+        if not self.tensors:
             return []
-        gone = {id(view) for view, here, there in zip(self._known, now, self.parameters) if here is not there}
-        return [view for view in self.views if id(view) in gone and view.tensor is not None and not view.weight.rebuilt]
+        parameters = standing(self._weights)
+        if all(map(operator.is_, parameters, self.parameters)) and [p.data_ptr() for p in self.parameters] == self._seen[1]:
+            return []
+        gone = set()
+        for view, here, there in zip(self._known, parameters, self.parameters):
+            if view.tensor is None:
+                continue
+            now = None if here is None else local(here.detach())
+            if now is not None and now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
+                # asked before the first bit goes back, and not again where that has to be tried twice
+                self._moved[id(view)] = view.weight.rebuilt or (here is there and _same_values(view.tensor, now))
+            if not self._moved.get(id(view), here is there or view.weight.rebuilt):
+                gone.add(id(view))
+        return [view for view in self.views if id(view) in gone]
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether ``restore="copy"``: then a weight that was written to comes back too."""
+        return self._settings[2:3] == ("copy",)
+
+    def moved(self) -> bool:
+        """Whether any weight lies in other memory since, those apart that each forward makes anew."""
+        return any(self._moved.get(id(view)) and not view.weight.rebuilt for view in self._known)
 
     def follow(self) -> None:
-        """After ``model.to(...)`` amid a step: what lies in the memory that was left belongs where the weight is now."""
-        if not self.tensors:
-            return
-        parameters = parameters_of(self._weights)
-        if [parameter.data_ptr() for parameter in parameters] == self._seen[1]:
-            return
-        now = [local(parameter.detach()) for parameter in parameters]
-        for view, here in zip(self._known, now):
-            if view.tensor is not None and here.data_ptr() != view.tensor.data_ptr() and here.shape == view.tensor.shape:
-                here.copy_(view.tensor)
+        """What lies in the memory that was left belongs where the weight is now."""
+        if self._moved:
+            for view, parameter in zip(self._known, standing(self._weights)):
+                if parameter is not None and view.tensor is not None and self._moved.get(id(view)):
+                    now = local(parameter.detach())
+                    if now.shape == view.tensor.shape:
+                        now.copy_(view.tensor)
+            self._moved = {}
 
     def release(self) -> None:
         for each in self.plans:
             each.release()
-        self.parameters, self.tensors = [], []
+        self.parameters, self.tensors, self._moved = [], [], {}
         for view in self._known:
             view.parameter = view.tensor = view.rows = None
 
@@ -443,16 +522,31 @@ class GroupLook:
 def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
     # a plain lookup for all, as properties cost as much as the rest
     found = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for weight, parameter in zip(weights, found):
+        if parameter is None:
+            check_lasting(weight)  # a parametrization has taken its place, maybe
     return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
 
 
-def _refuse_written(lost: "Sequence[WeightView]") -> None:
-    if lost:
-        raise RuntimeError(
-            f"{', '.join(view.weight.path for view in lost)} was written to or replaced while it was perturbed, so its "
-            "clean value is lost; all other weights are back. Reload the base weights; before changing or swapping them (an "
-            "EMA, functional_call on copies), call optimizer.restore()"
-        )
+def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":
+    """What stands in the weights' places, found without running anybody's code: a parametrization would compute."""
+    found: list[Tensor | None] = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for i, weight in enumerate(weights):
+        if found[i] is None:
+            own = weight.owner.__dict__
+            found[i] = own.get(weight.name, own["_buffers"].get(weight.name))
+    return found
+
+
+def _same_values(mine: Tensor, other: Tensor) -> bool:
+    """Whether ``other`` is ``mine`` after a ``model.to(...)``."""
+    if other.device.type == "meta":
+        return True  # all values are gone, and were meant to
+    return mine.shape == other.shape and torch.allclose(mine.to(other), other, rtol=0, atol=0, equal_nan=True)
+
+
+def _names(views: "Sequence[WeightView]") -> str:
+    return ", ".join(view.weight.path for view in views)
 
 
 def _extent(weight: AdaptedWeight) -> "tuple[int, int] | None":

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("peft")
 from benchmarks.quantized import report, study
 from benchmarks.quantized.methods import METHOD, Trainer, group_noise
+from benchmarks.quantized.rivals import RIVALS, noise_of
 
 
 class Toy:
@@ -36,7 +37,7 @@ def trainer():
     return Trainer(Toy())
 
 
-@pytest.mark.parametrize("method", METHOD)
+@pytest.mark.parametrize("method", [*METHOD, *RIVALS])
 def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
     clean = [layer.rows.clone() for layer in trainer.layers]
     config = study.make_config(trainer.task, method, study.MIDDLE[method], 1e-2)
@@ -51,7 +52,7 @@ def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
 def test_methods_at_strength_0_are_plain(trainer):
     trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
     plain = [p.detach().clone() for p in trainer.parameters]
-    for method in METHOD:
+    for method in [*METHOD, *RIVALS]:
         trainer.run(study.make_config(trainer.task, method, 0.0, 1e-2), 3)
         assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(plain, trainer.parameters)), method
 
@@ -65,19 +66,40 @@ def test_group_noise_has_the_std_of_rounding():
 
 
 def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_trainer", trainer)
+    monkeypatch.setattr(study, "_task", trainer.task)
+    monkeypatch.setattr(study, "_trainers", {})
+    monkeypatch.setattr(report, "LEAST_SEEDS", 2)
     monkeypatch.setitem(report.TITLES, "toy", "toy")
     monkeypatch.setattr(report, "TaskOnly", lambda name: Toy())
     store = study.Store(tmp_path / "quantized_toy.json")
     store.environment, lr = {"device": "here"}, dict.fromkeys(study.STRENGTHS, 1e-2)
     store.chosen = {"seeds": [], "lr": lr, "strength": study.MIDDLE}
+    shown = ("plain", "plain, lr × 2", "flat σ 0.1", "flat σ 0.2", "group × 1", "plain, rank 32", "plain, base in int4")
     for name, config in study.rows(Toy(), store.chosen).items():
-        for seed in range(report.LEAST_SEEDS if "group" in name or "flat" in name or name == "plain" else 0):
+        for seed in range(2 if name in shown else 0):
             store.runs[store.key(config, seed)] = {"config": config, "seed": seed, "metrics": study._run(config, seed)}
     store.save()
     report.write(tmp_path, ["toy"])
     text = (tmp_path / "quantized.md").read_text()
-    assert "| flat σ 0.1 | 6 |" in text
-    assert (tmp_path / "quantized_toy.png").exists()
+    for row in set(shown) - {"plain"}:
+        assert f"| {row} | 2 |" in text
+    for picture in ("quantized_toy.png", "quantized_toy_frontier.png"):
+        assert (tmp_path / picture).exists()
     again = study.Store(tmp_path / "quantized_toy.json")
     assert again.runs == json.loads(json.dumps(store.runs))
+
+
+def test_filter_noise_has_the_std_of_eq_7(trainer):
+    trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
+    generator = torch.Generator().manual_seed(0)
+    for layer, *draws in zip(trainer.layers, *(noise_of(trainer, 0.1, generator) for _ in range(400))):
+        std = 0.1 * layer.merged().norm(dim=1) / layer.rows.shape[1] ** 0.5
+        torch.testing.assert_close(torch.stack(draws).std((0, 2)), std, rtol=0.1, atol=0)
+
+
+def test_the_base_is_rounded_while_the_adapter_is_trained(trainer):
+    clean = [layer.rows.clone() for layer in trainer.layers]
+    with trainer.rounded_base("int4"):
+        for layer in trainer.layers:
+            assert all(len(row.unique()) <= 15 for row in layer.rows)
+    assert all(torch.equal(w, layer.rows) for w, layer in zip(clean, trainer.layers))

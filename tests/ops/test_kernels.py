@@ -442,7 +442,7 @@ def test_a_write_to_the_perturbed_weight_raises(kernels):
     optimizer.perturb()
     with torch.no_grad():
         module.weight[0, 0] = 1.0
-    with pytest.raises(RuntimeError, match="written to or replaced"):
+    with pytest.raises(RuntimeError, match="was written to while"):
         optimizer.restore()
 
 

@@ -75,19 +75,38 @@ def test_noise_on_four_bits(dtype, kind, nested, blocksize):
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_on_bytes(dtype):
-    from flatopt.ops.triton.noisy_weights import noisy_bytes
+@pytest.mark.parametrize("groups", [1, 7])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+def test_noise_on_blocks(dtype, groups, zeros, halves):
+    from flatopt.adapters.quantized import Blocks
+    from flatopt.ops.triton.noisy_weights import noisy_blocks
 
-    elements = torch.randint(-128, 128, (33, 70), dtype=torch.int8, device=DEVICE)
-    scales = torch.rand(33, 1, device=DEVICE) / 127
-    std, key = noise_of(33)
-    check(noisy_bytes(elements, scales, std, key, dtype), (elements * scales).to(dtype), std, key)
+    m, n = 34, 70
+    low, high = (0, 16) if halves else (-128, 128)
+    numbers = torch.randint(low, high, (m, n), device=DEVICE)
+    scales = torch.rand(m, groups, 1, device=DEVICE) / 127
+    zero = torch.randint(low // 4, high // 4, scales.shape, device=DEVICE) if zeros else None
+    clean = ((numbers.view(m, groups, -1) - (zero if zeros else 0)) * scales).view(m, n).to(dtype)
+    upper, lower = numbers.view(2, -1)
+    elements = ((upper << 4) | lower).to(torch.uint8) if halves else numbers.to(torch.int8)
+    std, key = noise_of(m)
+    check(noisy_blocks(*Blocks((m, n), elements, scales, zero, halves), std, key, dtype), clean, std, key)
+
+
+KEPT_AS = {
+    "plain": lambda kernels: kernels.PLAIN,
+    "nf4": lambda kernels: kernels.FOUR_BITS_TWICE,
+    "int8": lambda kernels: kernels.BYTES,
+    "torchao int4": lambda kernels: kernels.BYTES,
+    "HQQ": lambda kernels: kernels.HALVES,
+}
 
 
 @runs
-@pytest.mark.parametrize("kept", ["plain", "nf4", "int8"])
+@pytest.mark.parametrize("kept", KEPT_AS)
 def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
-    from flatopt.adapters.quantized import scaled_bytes
+    from flatopt.adapters.quantized import blocks_of
     from flatopt.core.weight import AdaptedWeight, WeightView
     from flatopt.ops.noise import step_key
     from flatopt.ops.triton import noisy_weights as kernels
@@ -95,6 +114,7 @@ def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
     from flatopt.perturbation.forward import ForwardPlan
 
     layer = torch.nn.Linear(64, 24).requires_grad_(False)
+    name = "W_q" if kept == "HQQ" else "weight"
     if kept == "nf4":
         bnb = pytest.importorskip("bitsandbytes")
         quantised = bnb.nn.Linear4bit(64, 24, compute_dtype=torch.float32, quant_type="nf4")
@@ -106,12 +126,21 @@ def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
         quanto.quantize(net, weights=quanto.qint8)
         quanto.freeze(net)
         layer = net[0]
-        assert scaled_bytes(layer.weight) is not None
+    elif kept == "torchao int4":
+        quantization = pytest.importorskip("torchao.quantization")
+        granularity = pytest.importorskip("torchao.quantization.granularity").PerGroup(32)
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+        quantization.quantize_(torch.nn.Sequential(layer), config)
+    elif kept == "HQQ":
+        quantize = pytest.importorskip("hqq.core.quantize")
+        config = quantize.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+        layer = quantize.HQQLinear(layer, config, compute_dtype=torch.float32, device=DEVICE)
     layer = layer.to(DEVICE)
+    assert kept in ("plain", "nf4") or blocks_of(layer, getattr(layer, name)) is not None
     launches = []
     launch = kernels._launch
     monkeypatch.setattr(kernels, "_launch", lambda *some, **more: (launches.append(some[4]), launch(*some, **more))[1])
-    plan = ForwardPlan([WeightView(AdaptedWeight(layer, "weight", "layer", layer, None), 1)], "filter")
+    plan = ForwardPlan([WeightView(AdaptedWeight(layer, name, "layer", layer, None), 1)], "filter")
     plan.fill_std(0.1)
     plan.perturb(step_key(0, 0, 0))
     x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
@@ -122,6 +151,6 @@ def test_a_layers_forward_and_backward_use_them(kept, monkeypatch):
         y.square().sum().backward()
         outputs += [(y, x.grad)]
         x.grad = None
-    assert launches == 2 * [{"plain": kernels.PLAIN, "nf4": kernels.FOUR_BITS_TWICE, "int8": kernels.BYTES}[kept]]
+    assert launches == 2 * [KEPT_AS[kept](kernels)]
     for one, other in zip(*outputs):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -143,6 +143,79 @@ def test_a_step_for_each_group_counts_once(model, before):
         assert not changed(model, before)
 
 
+class Composite(torch.optim.Optimizer):
+    """Two optimizers behind one front, as where Muon and Adam share the parameters."""
+
+    def __init__(self, params):
+        self.parts = [torch.optim.SGD(params[::2], lr=0.01), torch.optim.AdamW(params[1::2], lr=0.01)]
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+class ClosureHandedOn(Composite):
+    def step(self, closure=None):
+        return [part.step(closure) for part in self.parts][-1]
+
+
+class WithoutInit(Composite):
+    def __init__(self, params):
+        self.parts = [torch.optim.SGD(params[::2], lr=0.01), torch.optim.AdamW(params[1::2], lr=0.01)]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state, self.defaults = {}, {}
+
+
+@pytest.mark.parametrize("kind", [Composite, ClosureHandedOn, WithoutInit])
+@pytest.mark.parametrize("stepped", ["wrapper", "bare"])
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.usefixtures("nothing_said")
+def test_an_optimizer_of_several_parts(model, before, kind, stepped, closure):
+    bare = kind(trainable(model))
+    optimizer = wrap(bare, model)
+    at = []
+
+    def evaluate():
+        backward(model)
+        at.append(noise(model, before))
+        return torch.zeros(())
+
+    for step in range(2):
+        backward(model)
+        (bare if stepped == "bare" else optimizer).step(*[evaluate] * closure)
+        assert optimizer.step_count == step + 1
+        assert not changed(model, before)
+    assert all(a.any() for a in at)
+    assert len(at) == 2 * closure * (2 if kind is ClosureHandedOn else 1)
+
+
+def test_parts_that_are_stepped_by_themselves_are_said_once(model):
+    bare = Composite(trainable(model))
+    optimizer = wrap(bare, model)
+
+    def step():
+        backward(model)
+        for part in bare.parts:
+            part.step()
+
+    told = said(step)
+    assert len(told) == 1
+    assert "SGD is stepped, which has parameters of the Composite" in told[0]
+    assert optimizer.step_count == 0
+
+
+def test_an_optimizer_that_lacks_what_torch_gives_it_is_refused(model):
+    class Lacking(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.param_groups = [{"params": params}]
+
+    with pytest.raises(TypeError, match=r"Lacking did not call torch\.optim\.Optimizer\.__init__"):
+        wrap(Lacking(trainable(model)), model)
+
+
 class Hookless(torch.optim.SGD):
     """Its step is not the one that torch's hooks hang on."""
 

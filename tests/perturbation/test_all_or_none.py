@@ -1,5 +1,7 @@
 """Perturb, restore, suspend and resume are all or none: an exception at any torch operation inside loses nothing."""
 
+import copy
+
 import pytest
 import torch
 from helpers import bits, trainable
@@ -161,12 +163,50 @@ class RaiseFrom(RaiseAt):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+NEXT = {
+    "restore": lambda run: run.optimizer.restore(),
+    "training forward": lambda run: run.train(),
+    "perturb": lambda run: run.optimizer.perturb(),
+    "eval forward": lambda run: run.evaluate(),
+    "state_dict": lambda run: run.model.state_dict(),
+    "deepcopy": lambda run: copy.deepcopy(run.model),
+    "one layer": lambda run: run.model.base_model.model[1](torch.eye(7)),
+}
+
+
+@pytest.mark.parametrize("then", NEXT)
 @pytest.mark.parametrize("restore", ["reversible", "copy"])
-def test_when_nothing_works_any_more(restore):
-    """As where memory is full: W comes back when something works again."""
-    run = Run(restore)
+def test_when_nothing_works_any_more(restore, then):
+    """As where memory is full: the next to use W, when something works again, finds it all clean or all perturbed."""
+    run, noisy = Run(restore), then in ("training forward", "perturb", "one layer")
     for move in MOVES:
         for _ in faults(run, move, lambda k: RaiseFrom(k, "before"), stride=7):
+            NEXT[then](run)
+            assert run.optimizer.is_perturbed is noisy
+            assert run.stand_at(run.noisy if noisy else run.clean)
             run.optimizer.restore()
-            assert not run.optimizer.is_perturbed
             run.check_clean()
+
+
+def test_a_recomputation_in_backward_at_weights_perturbed_in_part_is_refused():
+    from torch.utils.checkpoint import checkpoint
+
+    run = Run("reversible")
+    refused = 0
+    for k in range(1, 300, 7):
+        loss = checkpoint(run.model, X, use_reentrant=False).square().sum()
+        mode = RaiseFrom(k, "before")
+        try:
+            with mode:
+                run.evaluate()
+        except Fault:
+            if run.optimizer._weights.partly:
+                with pytest.raises(RuntimeError, match="perturbed in part"):
+                    loss.backward()
+                refused += 1
+        run.optimizer.restore()
+        run.check_clean()
+        run.model.zero_grad()
+        if mode.left > 0:
+            break
+    assert refused

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -29,11 +29,11 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
 @contextmanager
 def writing() -> Iterator[None]:
     """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
-    with ExitStack() as stack:
+    # in inference mode a write would not move the version counter; leaving that mode turns gradients on
+    with torch.inference_mode(False), torch.no_grad():
         fake = sys.modules.get("torch._subclasses.fake_tensor")  # without it there can be no FakeTensorMode
-        if fake is not None:
-            stack.enter_context(fake.unset_fake_temporarily())
-        # in inference mode a write would not move the version counter; leaving that mode turns gradients on
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        yield
+        if fake is None:
+            yield
+        else:
+            with fake.unset_fake_temporarily():
+                yield

@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.language import constexpr
 
 from ...core.weight import WeightView
-from ..constants import writing
 from ..fingerprint import Flags
 from ..noise import Key, signed
 from ..norms import rows_of, standard_deviations
@@ -50,7 +49,7 @@ class TritonPlan:
 
     def fill_std(self, sigma: float) -> None:
         self._demand_clean("fill_std()")
-        with writing(), _on(self._device):
+        with _on(self._device):
             self._sigma, self._key, self._clean = sigma, None, []
             self._look()
             given = [number for number, e in enumerate(self._entries) if e.given]
@@ -64,7 +63,7 @@ class TritonPlan:
     def perturb(self, key: Key) -> None:
         if key != self._key:
             self._demand_clean("perturbing with another key")
-        with writing(), _on(self._device):
+        with _on(self._device):
             again = key == self._key
             if self._restore == "copy":
                 if self._clean:  # as it was before, whatever somebody wrote to it meanwhile: that is told
@@ -80,7 +79,7 @@ class TritonPlan:
     def restore(self) -> None:
         if self._journal == Journal():
             return
-        with writing(), _on(self._device):
+        with _on(self._device):
             _count_writes(self.views)
             if self._restore == "copy":
                 self._put_copy_back()

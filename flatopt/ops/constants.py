@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -29,11 +29,15 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
 @contextmanager
 def writing() -> Iterator[None]:
     """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
-    # in inference mode a write would not move the version counter; leaving that mode turns gradients on
-    with torch.inference_mode(False), torch.no_grad():
-        fake = sys.modules.get("torch._subclasses.fake_tensor")  # without it there can be no FakeTensorMode
-        if fake is None:
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if fake is None and not torch.is_inference_mode_enabled():
+        with torch.no_grad():
             yield
-        else:
-            with fake.unset_fake_temporarily():
-                yield
+        return
+    with ExitStack() as stack:
+        if fake is not None:
+            stack.enter_context(sys.modules["torch._subclasses.fake_tensor"].unset_fake_temporarily())
+        # in inference mode a write would not move the version counter; leaving that mode turns gradients on
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield

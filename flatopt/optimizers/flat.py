@@ -246,7 +246,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._doors.adapters_changed = False
             self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
-        rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
+        rank = 0 if self.shared else data_parallel_rank(weight for g in self.perturb_groups for weight in g["targets"])
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
         finally:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from ..adapters.base import Adapter
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check
 from ..core.sharding import first_row, fsdp_modules, local, local_update
@@ -222,6 +223,8 @@ class PerturbedWeights:
     def _reshard(self) -> None:
         for module in self._fsdp:
             module.reshard()  # type: ignore[operator]
+        for look in self._looks:
+            look.look_again()
 
     # --- one weight, one optimizer ----------------------------------------------------------------------------------
 
@@ -300,12 +303,14 @@ class GroupLook:
         self.exact = True
         self.parameters: list[Tensor] = []
         self.tensors: list[Tensor] = []
+        self._now: list[Tensor] = []  # the parameters, looked up again before each move
         self._weights: list[AdaptedWeight] = []
         self._settings: tuple[Any, ...] = ()
         self._known: list[WeightView] = []  # of every weight, tied ones too
-        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, merged, version
-        self._keys: list[Any] = []
+        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, version
         self._quantised: list[bool] = []
+        self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
+        self._keys: list[Any] = []  # of each batch's updates
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
@@ -322,7 +327,7 @@ class GroupLook:
             for weight, now, then in zip(weights, identities, before):
                 if now != then:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
-        tensors = [local(p.detach()) for p in parameters]
+        tensors = [p.detach() if type(p) is nn.Parameter else local(p.detach()) for p in parameters]
         # in columns: a list a property costs a third of a tuple a weight
         seen: list[Any] = [
             identities,
@@ -331,7 +336,6 @@ class GroupLook:
             [t.shape for t in tensors],
             [t.stride() for t in tensors],
             [p.requires_grad for p in parameters],
-            [w.adapter.is_merged(w.layer) for w in weights],
             [t._version for t in tensors],
         ]
         if seen != self._seen:
@@ -344,18 +348,27 @@ class GroupLook:
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
             self._seen, self._keys, self.plans = seen, [], []
-        self.parameters, self.tensors = parameters, tensors
+        self.parameters, self._now, self.tensors = parameters, parameters, tensors
         for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
             view.parameter, view.tensor = parameter, None if quantised else tensor
         memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
-        self.views = []
+        views = []
         for view, there in zip(self._known, memory):
             if there not in taken:
                 taken.add(there)
-                self.views.append(view)
+                views.append(view)
+        if views != self.views:
+            self._by_adapter(views)
         self._look_at_updates()
         if not self.plans:
             self._plan(noise, restore)
+
+    def _by_adapter(self, views: "list[WeightView]") -> None:
+        self.views, self._keys, self.plans = views, [], []
+        batches: dict[int, list[WeightView]] = {}
+        for view in views:
+            batches.setdefault(id(view.weight.adapter), []).append(view)
+        self._batches = [(batch[0].weight.adapter, batch, [v.weight for v in batch]) for batch in batches.values()]
 
     def _plan(self, noise: str, restore: str) -> None:
         self.exact = restore != "subtract"
@@ -373,23 +386,23 @@ class GroupLook:
 
     def _look_at_updates(self) -> None:
         """Ask for the updates that are not the same tensors as before."""
-        batches: dict[int, list[WeightView]] = {}
-        for view in self.views:
-            batches.setdefault(id(view.weight.adapter), []).append(view)
-        keys: list[Any] = []
-        for batch in batches.values():
-            found = batch[0].weight.adapter.update_key([view.weight for view in batch])
-            found = [object() for _ in batch] if found is None else found  # equal to nothing
-            known = self._keys[len(keys) : len(keys) + len(batch)]
-            if found != known:
-                known = known or [None] * len(batch)
-                news = [view for view, now, then in zip(batch, found, known) if then is None or now != then]
-                for view, update in zip(news, news[0].weight.adapter.updates([view.weight for view in news])):
-                    assert view.parameter is not None
-                    mine = local_update(update, view.parameter)
-                    view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
-            keys += found
-        self._keys = keys
+        self._keys = self._keys or [None] * len(self._batches)
+        for number, (adapter, views, weights) in enumerate(self._batches):
+            keys, known = adapter.update_key(weights), self._keys[number]
+            if keys is None or keys != known:
+                old = [None] * len(views) if keys is None or known is None else known
+                news = [view for view, now, then in zip(views, keys or old, old) if then is None or now != then]
+                self._ask(adapter, news)
+                self._keys[number] = keys
+
+    def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
+        for view in views:
+            if adapter.is_merged(view.weight.layer):
+                check(view.weight, in_forward=True)
+        for view, update in zip(views, adapter.updates([view.weight for view in views])):
+            assert view.parameter is not None
+            mine = local_update(update, view.parameter)
+            view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
 
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""
@@ -402,22 +415,22 @@ class GroupLook:
         moved = {id(view) for view, t, version in zip(self._known, self.tensors, self._seen[-1]) if t._version != version}
         return [view for view in self.views if id(view) in moved and not view.weight.version_moves]
 
+    def look_again(self) -> None:
+        """Amid a step: which parameters there are now."""
+        self._now = parameters_of(self._weights) if self.tensors else []
+
     def replaced(self) -> "list[WeightView]":
         """Weights that are no longer the parameter they were; none where each forward makes them anew."""
-        now = parameters_of(self._weights) if self.tensors else []
-        if all(map(operator.is_, now, self.parameters)):
+        if all(map(operator.is_, self._now, self.parameters)):
             return []
-        gone = {id(view) for view, here, there in zip(self._known, now, self.parameters) if here is not there}
+        gone = {id(view) for view, here, there in zip(self._known, self._now, self.parameters) if here is not there}
         return [view for view in self.views if id(view) in gone and view.tensor is not None and not view.weight.rebuilt]
 
     def follow(self) -> None:
         """After ``model.to(...)`` amid a step: what lies in the memory that was left belongs where the weight is now."""
-        if not self.tensors:
+        if not self._now or [parameter.data_ptr() for parameter in self._now] == self._seen[1]:
             return
-        parameters = parameters_of(self._weights)
-        if [parameter.data_ptr() for parameter in parameters] == self._seen[1]:
-            return
-        now = [local(parameter.detach()) for parameter in parameters]
+        now = [local(parameter.detach()) for parameter in self._now]
         for view, here in zip(self._known, now):
             if view.tensor is not None and here.data_ptr() != view.tensor.data_ptr() and here.shape == view.tensor.shape:
                 here.copy_(view.tensor)
@@ -425,15 +438,14 @@ class GroupLook:
     def release(self) -> None:
         for each in self.plans:
             each.release()
-        self.parameters, self.tensors = [], []
+        self.parameters, self.tensors, self._now = [], [], []
         for view in self._known:
             view.parameter = view.tensor = view.rows = None
 
 
 def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
-    # a plain lookup for all, as properties cost as much as the rest
-    found = [weight.owner._parameters.get(weight.name) for weight in weights]
-    return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
+    # a plain lookup, as properties cost as much as the rest
+    return [w.parameter if (p := w.owner._parameters.get(w.name)) is None else p for w in weights]
 
 
 def _refuse_written(lost: "Sequence[WeightView]") -> None:

@@ -1,4 +1,4 @@
-"""Processes of their own with a gloo group between them: what each found, and an end to those that hang."""
+"""Processes with a group between them (gloo, or NCCL on GPUs): what each found, and an end to those that hang."""
 
 import os
 import time
@@ -9,9 +9,11 @@ from torch import distributed as dist
 USABLE = os.name != "nt" and dist.is_available() and dist.is_gloo_available()
 
 
-def on_ranks(folder, work, *args, world=2, timeout=240):
+def on_ranks(folder, work, *args, world=2, timeout=240, backend="gloo"):
     """What ``work(rank, *args)`` returned in each of ``world`` processes; an exception in one ends all."""
-    context = torch.multiprocessing.spawn(_rank, (world, str(folder), work, args), nprocs=world, join=False, daemon=True)
+    context = torch.multiprocessing.spawn(
+        _rank, (world, str(folder), backend, work, args), nprocs=world, join=False, daemon=True
+    )
     end = time.monotonic() + timeout
     try:
         while not context.join(timeout=5):
@@ -24,13 +26,17 @@ def on_ranks(folder, work, *args, world=2, timeout=240):
     return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank, world, folder, work, args):
+def _rank(rank, world, folder, backend, work, args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1")
     os.environ.update(DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1")  # DeepSpeed's decorators would import inductor
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     os.chdir(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         torch.save(work(rank, *args), str(rank))
     finally:

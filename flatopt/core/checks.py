@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 from ..adapters.forwards import unsupported_reason
 from ..adapters.quantized import format_of
 from .flat_shards import sharding_reason
-from .sharding import local, splits_rows_only
+from .sharding import is_strided, local, splits_rows_only
 from .weight import FLOATS, OUTPUTS, AdaptedWeight
 
 WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
@@ -29,7 +29,7 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
             f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model "
             "with the bare optimizer: flatopt adds 8 bytes a row of W"
         )
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ValueError(f"{path} is not initialised yet: run a forward of its lazy module first")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{path} is sparse ({tensor.layout}): it cannot be perturbed. Give a dense tensor, or leave it out")
@@ -68,6 +68,12 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         raise ValueError(
             f"{path} has size 0 on this rank: DeepSpeed ZeRO-3 (or an uneven shard) holds it elsewhere. Use ZeRO-2 or "
             "FSDP2, where each rank keeps rows of the weight"
+        )
+    if is_strided(parameter):
+        raise ValueError(
+            f"{path} is sharded in strides (FSDP2 over tensor parallelism, or a fused weight under it): which rows "
+            "a rank holds is not worked out. Use FSDP2 or tensor parallelism alone, unfuse the weight, or leave it out with "
+            "[{'modules': [...]}]"
         )
     if not splits_rows_only(parameter, OUTPUTS[weight.layout]):
         raise ValueError(

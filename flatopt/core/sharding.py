@@ -32,6 +32,11 @@ def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
     )
 
 
+def is_strided(weight: Tensor) -> bool:
+    """Whether a rank holds rows as two kinds of sharding leave them: FSDP2 over tensor parallelism, or a fused weight."""
+    return is_sharded(weight) and any(hasattr(p, "split_factor") for p in weight.placements)
+
+
 def first_row(weight: Tensor, layout: str) -> int:
     """The number of this rank's first row among all rows of the weight, by which its noise is keyed."""
     if not is_sharded(weight):
@@ -93,7 +98,7 @@ def let_go(module: "Any") -> bool:
             raise RuntimeError(
                 f"FSDP2 gathered {type(module).__name__}'s parameters before their noise could be written, and this torch "
                 "cannot shard them again amid a forward. Make the FlatPerturbOptimizer after fully_shard, with the module "
-                "that was given to fully_shard among its targets; or use torch 2.8"
+                "that was given to fully_shard among its targets; or use a newer torch"
             )
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()

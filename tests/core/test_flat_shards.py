@@ -1,9 +1,10 @@
-"""ZeRO-3 and FSDP1 are refused by their own name."""
+"""Ways of sharding that are refused, each by its own name."""
 
 import pytest
 import torch
 from torch import nn
 
+from flatopt import FlatPerturbOptimizer
 from flatopt.core.flat_shards import sharding_reason
 
 
@@ -38,11 +39,13 @@ def test_what_fsdp1_ignores_is_left_alone(one_rank):
 
 
 def test_fsdp2_is_no_reason(one_rank):
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("FSDP2's fully_shard is public from torch 2.6 on")
     linear = nn.Linear(8, 8)
-    fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+    fsdp.fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
     assert sharding_reason(linear.weight, linear) is None
 
 
@@ -57,3 +60,19 @@ def test_zero_3_is_named():
 def test_a_whole_weight_is_no_reason():
     linear = nn.Linear(8, 8)
     assert sharding_reason(linear.weight, linear) is None
+
+
+@pytest.mark.parametrize(("dim", "named"), [(0, "in strides"), (1, "along its inputs")])
+def test_dtensors_are_refused_by_how_they_are_placed(one_rank, dim, named):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    placement = Shard(1)
+    if dim == 0:
+        strided = pytest.importorskip("torch.distributed.tensor.placement_types")._StridedShard
+        placement = strided(0, split_factor=2)
+    weight = distribute_tensor(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [placement])
+    weight = nn.Parameter(weight, requires_grad=False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match=f"is sharded {named}"):
+        FlatPerturbOptimizer(optimizer, [{"params": [weight]}], schedule="constant")

@@ -249,6 +249,24 @@ def standard_deviations(weights, model, bases, noise):
     }
 
 
+def fsdp_communication(rank):
+    """How many collectives perturb and restore call."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    torch.manual_seed(0)
+    optimizer = make(sharded(lora_mlp()))
+    with CommDebugMode() as perturbing:
+        optimizer.perturb()
+    with CommDebugMode() as restoring:
+        optimizer.restore()
+    counts = {str(name).split(".")[1]: count for name, count in perturbing.get_comm_counts().items() if count}
+    return counts, restoring.get_total_counts()
+
+
+def test_perturb_gathers_each_a_factor_and_sends_nothing_else(on_two_ranks):
+    assert on_two_ranks("fsdp communication") == [({"all_gather_into_tensor": 3}, 0)] * 2
+
+
 def fsdp_exception(rank):
     """An exception between forward and backward, while the root's weights are gathered."""
     torch.manual_seed(0)
@@ -436,6 +454,7 @@ JOBS = {
         for r in (True, False, None)
     },
     "fsdp inside": fsdp_inside,
+    "fsdp communication": fsdp_communication,
     "fsdp exception": fsdp_exception,
     "fsdp conv1d": fsdp_conv1d,
     "fsdp resume": fsdp_resume,

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from helpers import bits
 from ranks import USABLE, on_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -75,7 +76,9 @@ class Record(TrainerCallback):
         self.perturbed.append(whole(layer.base_layer.weight))
         if self.reads:
             with torch.no_grad():
-                model.eval()(input_ids=rows(1)[0]["input_ids"][None])
+                prompt = rows(1)[0]["input_ids"][None]
+                model.eval()(input_ids=prompt)
+                model.generate(input_ids=prompt, max_new_tokens=1, do_sample=False)
             model.train()
 
     def on_step_end(self, args, state, control, model, **kwargs):
@@ -102,6 +105,33 @@ def run(kind, sigma, reads=False):
         "clean": before[f"{watch.name}.base_layer.weight"],
         "counts": record.counts,
     }
+
+
+def prepared(wrapped):
+    """accelerate's FSDP2 around a loop of one's own, the optimizer wrapped before ``prepare`` or after it."""
+    fresh_state()
+    state = accelerate.PartialState(cpu=True)
+    state.distributed_type, state.device = accelerate.DistributedType.MULTI_XPU, torch.device("cpu")
+    layers = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **layers)
+    accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = lora_llama(lora_dropout=0.0)
+    watch, options = Watch(model), {"sigma": SIGMA, "schedule": "constant"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if wrapped == "before":
+        optimizer = flat = FlatPerturbOptimizer(optimizer, model, **options)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if wrapped == "after":
+        optimizer = flat = FlatPerturbOptimizer(optimizer, model, **options)
+    for step in range(STEPS):
+        ids = torch.stack([row["input_ids"] for row in rows(2, seed=step)])
+        accelerator.backward(model.train()(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {n: whole(p) for n, p in model.named_parameters()}
+    trained = {n: after[n] for n, p in model.named_parameters() if p.requires_grad}
+    left = [n for n, w in watch.frozen.items() if not torch.equal(bits(after[n]), w)]
+    return {"adapter": trained, "changed": left, "trained": watch.trained, "count": flat.step_count}
 
 
 def refused(kind):
@@ -156,6 +186,7 @@ def work(rank):
     kinds = [kind for kind in KINDS if DEEPSPEED or not kind.startswith("zero")]
     results = {f"{kind}, {name}": run(kind, *how) for kind in kinds for name, how in RUNS.items()}
     results |= {kind: refused(kind) for kind in ("fsdp1", "zero3") if DEEPSPEED or kind != "zero3"}
+    results |= {f"accelerate, wrapped {when}": prepared(when) for when in ("before", "after")}
     return {**results, "tensor parallel": tensor_parallel(rank)}
 
 
@@ -200,10 +231,17 @@ class TestEachKind:
         for read, flat in zip(on_two_ranks(f"{kind}, read amid a step"), on_two_ranks(f"{kind}, flat")):
             trained, seen = read["forwards"]
             assert trained == [False] * STEPS * ACCUMULATION
-            assert len(seen) == len(flat["forwards"][1]) + STEPS * (ACCUMULATION - 1)
+            assert len(seen) == len(flat["forwards"][1]) + 2 * STEPS * (ACCUMULATION - 1)
             assert all(seen)
             assert read["changed"] == []
             assert differing(read["adapter"], flat["adapter"]) == []
+
+
+def test_accelerates_fsdp2_wrapped_before_or_after_prepare(on_two_ranks):
+    for before, after in zip(*(on_two_ranks(f"accelerate, wrapped {when}") for when in ("before", "after"))):
+        assert differing(before["adapter"], after["adapter"]) == []
+        for each in (before, after):
+            assert (each["changed"], each["trained"], each["count"]) == ([], [False] * STEPS, STEPS)
 
 
 @pytest.mark.parametrize(("kind", "name", "way_out"), [("fsdp1", "FSDP1", "FSDP2"), ("zero3", "ZeRO-3", "ZeRO-2")])

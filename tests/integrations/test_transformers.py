@@ -329,38 +329,3 @@ def test_two_at_once_and_nothing_to_perturb_are_refused(tmp_path):
         train(tmp_path, model=model, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="no low-rank module"):
         Trainer(llama(), arguments(tmp_path), train_dataset=rows(), callbacks=[FlatPerturbCallback()]).train()
-
-
-# --- two processes ---------------------------------------------------------------------------------------------------
-
-
-def _rank(rank, port, folder):
-    import os
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    seen = []
-
-    class Perturbed(TrainerCallback):
-        def on_substep_end(self, args, state, control, model, **kwargs):
-            layer = next(m for m in model.modules() if hasattr(m, "base_layer"))
-            seen.append(layer.base_layer.weight.detach().clone())
-
-    options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
-    model, watch = train(folder, others=[Perturbed()], max_steps=2, per_device_train_batch_size=2, **options)
-    torch.save({"adapter": adapter(model), "seen": seen, "trained": watch.trained}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_ddp_each_rank_draws_its_own_noise(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert differing(first["adapter"], second["adapter"]) == []
-    assert first["trained"] == second["trained"] == [False] * 4
-    assert not any(torch.equal(x, y) for x, y in zip(first["seen"], second["seen"]))

@@ -109,7 +109,7 @@ FORMATS = {
     "bitsandbytes nf4, double quantised": lambda: bitsandbytes_4bit("nf4", nested=True),
     "bitsandbytes fp4": lambda: bitsandbytes_4bit("fp4"),
     "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=getattr(torch, "int4", None)),
     "torchao float8": lambda: torchao("Float8WeightOnlyConfig"),
     "HQQ 4 bit, axis 0": lambda: hqq(4, axis=0),
     "HQQ 4 bit, axis 1": lambda: hqq(4, axis=1),

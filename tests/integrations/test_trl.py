@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 
 from tiny import WORDS, Watch, adapter, differing, llama, lora_config, lora_llama, tokenizer  # noqa: E402
 
-from flatopt.integrations.transformers import FlatPerturbCallback  # noqa: E402
+from flatopt.integrations.transformers import FlatPerturbCallback, _check_policy_ratio  # noqa: E402
 
 STEPS = 3
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
@@ -31,8 +31,9 @@ TEXTS = {
     "sft": {"text": [text(i) for i in range(24)]},
     "dpo": {name: [text(i + k) for i in range(24)] for k, name in enumerate(["prompt", "chosen", "rejected"])},
     "grpo": {"prompt": [text(i) for i in range(24)]},
+    "rloo": {"prompt": [text(i) for i in range(24)]},
 }
-GRPO = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1, "generation_kwargs": {"min_new_tokens": 4}}
+SAMPLING = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1, "generation_kwargs": {"min_new_tokens": 4}}
 
 
 def run(folder, kind, made_by_trl=True, callback=None, **options):
@@ -42,9 +43,11 @@ def run(folder, kind, made_by_trl=True, callback=None, **options):
         "sft": (trl.SFTTrainer, trl.SFTConfig),
         "dpo": (trl.DPOTrainer, trl.DPOConfig),
         "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig),
     }[kind]
-    arguments = config(str(folder), **{**QUIET, **USUAL, **(GRPO if kind == "grpo" else {}), **options})
-    more = {"reward_funcs": reward} if kind == "grpo" else {}
+    samples = kind in ("grpo", "rloo")
+    arguments = config(str(folder), **{**QUIET, **USUAL, **(SAMPLING if samples else {}), **options})
+    more = {"reward_funcs": reward} if samples else {}
     trainer = trainer_class(
         model=llama() if made_by_trl else lora_llama(),
         args=arguments,
@@ -106,3 +109,21 @@ def test_grpo_says_what_to_set_where_the_policy_ratio_is_taken_across_the_noise(
     assert sum("policy ratio" in str(w.message) for w in told) == 1
     assert not any(watch.trained)
     assert all(watch.read)
+
+
+def test_rloo_always_says_that_its_ratio_is_taken_across_the_noise(tmp_path):
+    with pytest.warns(UserWarning, match="policy ratio .* RLOO always takes it so"):
+        watch, _ = run(tmp_path, "rloo")
+    assert watch.trained == [False] * STEPS
+    assert watch.read
+    assert all(watch.read)
+
+
+def test_vllms_correction_is_named_where_it_compares_across_the_noise(tmp_path):
+    sampled = trl.GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
+    with pytest.warns(UserWarning, match="policy ratio .*vllm_importance_sampling_correction=False"):
+        _check_policy_ratio(sampled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled.vllm_importance_sampling_correction = False
+        _check_policy_ratio(sampled)

@@ -1,4 +1,4 @@
-"""What the hooks on layers cost the host: forwards and backwards of many tiny layers, with and without an optimizer attached.
+"""What the hooks on layers cost the host: forwards of many tiny layers, with and without an optimizer attached.
 
 ``python -m benchmarks.hooks [layers]`` takes half a minute on a CPU. Layers are LoRA on 32 x 32, so small that Python is all
 that counts. Variants take turns; of each turn the least CPU time of this thread counts, and of those the median, as a busy
@@ -60,8 +60,8 @@ def main(layers: int = 192) -> None:
             turns.append([least(call, model, x) for model in (bare, idle, attached)])
         plain, hooked, ours = map(statistics.median, zip(*turns[1:]))  # the first warms up
         print(
-            f"{name}: {plain / 1e3:.2f} ms bare; a layer {(hooked - plain) / layers:.1f} us more with hooks that do nothing, "
-            f"{(ours - plain) / layers:.1f} with flatopt's"
+            f"{name}: {plain / 1e3:.2f} ms bare; us more a layer: "
+            f"{(hooked - plain) / layers:.1f} with hooks that do nothing, {(ours - plain) / layers:.1f} with flatopt's"
         )
 
 

@@ -38,7 +38,8 @@ class Adapter(Protocol):
     def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any] | None:
         """All that :meth:`updates` follows from, one item a weight, to be compared with ``==``: where an item is equal to
         what it was, and the tensors of that update are still alive, the update consists of the same tensors in the same
-        memory. An item that is equal to none but itself: the update has to be asked for anew. None: all of them have to.
+        memory, and is not merged if it was not. An item that is equal to none but itself: the update has to be asked for
+        anew. None: all of them have to.
         """
 
     def is_merged(self, layer: nn.Module) -> bool:

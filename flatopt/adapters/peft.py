@@ -145,15 +145,12 @@ class Peft(Singleton):
         for weight in weights:
             plain = _one_lora(weight) if _lora_linear.get(type(weight.layer), False) else None
             if plain is None:
-                keys.append(_key(weight))
+                keys.append(object() if self.is_merged(weight.layer) else _key(weight))
                 continue
             A, B, scaling, magnitude = plain
             # in_features and out_features are the layer's, so that the number of elements tells the shape
-            key = (
-                *(scaling, id(A), A.data_ptr(), A.dtype, A.numel()),
-                *(id(B), B.data_ptr(), B.dtype, B.numel()),
-            )
-            keys.append(key if magnitude is None else (*key, _memory(magnitude)))
+            of_A, of_B = (id(A), A.data_ptr(), A.dtype, A.numel()), (id(B), B.data_ptr(), B.dtype, B.numel())
+            keys.append((scaling, of_A, of_B, None if magnitude is None else _memory(magnitude)))
         return keys
 
     def is_merged(self, layer: Any) -> bool:
@@ -349,25 +346,23 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
 
     Each step for every layer: PEFT's properties and nn.Module's own lookups would cost as much as all else here.
     """
-    attributes = weight.layer.__dict__
-    name, modules = attributes["_active_adapter"], attributes["_modules"]
+    layer = weight.layer.__dict__
+    modules, name = layer["_modules"], layer["_active_adapter"]
     if type(name) is not str:
         name = name[0] if len(name) == 1 else None
-    if attributes["_disable_adapters"] or modules["base_layer"] is not weight.owner:
+    if layer["_disable_adapters"] or layer["merged_adapters"] or modules["base_layer"] is not weight.owner:
         return None
-    lora_A, variants = modules["lora_A"]._modules.get(name), attributes.get("lora_variant")
+    lora_A, variants = modules["lora_A"]._modules.get(name), layer.get("lora_variant")
     if lora_A is None or (variants and not _in_factors(variants.get(name))):
         return None
     A, B = lora_A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
     holder = modules["lora_magnitude_vector"]._modules.get(name)
     magnitude = None if holder is None else holder._parameters.get("weight")
-    if (
-        type(A) is not nn.Parameter
-        or type(B) is not nn.Parameter
-        or type(magnitude) is not (type(None) if holder is None else nn.Parameter)
-    ):
+    if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
         return None
-    return A, B, attributes["scaling"][name], magnitude
+    if holder is not None and type(magnitude) is not nn.Parameter:
+        return None
+    return A, B, layer["scaling"][name], magnitude
 
 
 def _in_factors(variant: Any) -> bool:

@@ -21,8 +21,9 @@ RESTORES = ("reversible", "copy", "subtract")
 class Plan(Protocol):
     """The weights of one group that one backend takes on one device: every piece of them is either clean or perturbed.
 
-    A step is ``fill_std(sigma)``, ``perturb(key)``, ``restore()``, ``written()``, ``release()``. The first three need the
-    views' ``tensor`` and ``rows``; a weight of another shape, strides, dtype or device than before needs another plan.
+    A step is ``fill_std(sigma)``, ``perturb(key)``, ``restore()``, ``written()``, ``release()``. The first three are called
+    inside :func:`~flatopt.ops.writing` and need the views' ``tensor`` and ``rows``; a weight of another shape, strides,
+    dtype or device than before needs another plan.
     An exception, wherever it comes from, loses nothing: the next ``perturb`` or ``restore`` goes on from where it was.
     """
 

@@ -29,10 +29,14 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
 @contextmanager
 def writing() -> Iterator[None]:
     """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if fake is None and not torch.is_inference_mode_enabled():
+        with torch.no_grad():
+            yield
+        return
     with ExitStack() as stack:
-        fake = sys.modules.get("torch._subclasses.fake_tensor")  # without it there can be no FakeTensorMode
         if fake is not None:
-            stack.enter_context(fake.unset_fake_temporarily())
+            stack.enter_context(sys.modules["torch._subclasses.fake_tensor"].unset_fake_temporarily())
         # in inference mode a write would not move the version counter; leaving that mode turns gradients on
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

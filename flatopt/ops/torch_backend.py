@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..core.weight import WeightView
-from .constants import writing
 from .fingerprint import Flags, checksum
 from .noise import Key, normals_of_rows, row_keys, weight_key
 from .norms import rows_of, standard_deviations
@@ -91,45 +90,42 @@ class TorchPlan:
 
     def fill_std(self, sigma: float) -> None:
         self._demand_clean("fill_std()")
-        with writing():
-            shapes = [rows_of(view).shape for view in self.views]
-            self._pieces = [
-                Piece(number, *part)
-                for number, (rows, columns) in enumerate(shapes)
-                for part in chunks(rows, columns, self._device)
-            ]
-            self._sums, self._clean, self._stds, self._grids = [None] * len(self._pieces), [], [], []
-            self._sigma = sigma
-            if self._noise != "element":
-                self._stds = standard_deviations(self.views, self._noise, sigma, self._group)
-            if self._restore == "reversible":
-                stds = self._stds or [torch.tensor([[sigma]], dtype=torch.float32, device=self._device)] * len(self.views)
-                self._grids = [grid(std, sigma, rows_of(view).dtype) for std, view in zip(stds, self.views)]
-            if self._device.type != "cpu" and self._flags is None:
-                self._flags = Flags(len(self.views), self._device)
+        shapes = [rows_of(view).shape for view in self.views]
+        self._pieces = [
+            Piece(number, *part)
+            for number, (rows, columns) in enumerate(shapes)
+            for part in chunks(rows, columns, self._device)
+        ]
+        self._sums, self._clean, self._stds, self._grids = [None] * len(self._pieces), [], [], []
+        self._sigma = sigma
+        if self._noise != "element":
+            self._stds = standard_deviations(self.views, self._noise, sigma, self._group)
+        if self._restore == "reversible":
+            stds = self._stds or [torch.tensor([[sigma]], dtype=torch.float32, device=self._device)] * len(self.views)
+            self._grids = [grid(std, sigma, rows_of(view).dtype) for std, view in zip(stds, self.views)]
+        if self._device.type != "cpu" and self._flags is None:
+            self._flags = Flags(len(self.views), self._device)
 
     def perturb(self, key: Key) -> None:
-        with writing():
-            self._write()
-            if key != self._key:
-                self._demand_clean("perturbing with another key")
-                self._key, self._sums = key, [None] * len(self._pieces)
-            if self._restore == "copy" and not self._clean:
-                self._clean = [rows_of(view).clone() for view in self.views]
-            if self._restore == "subtract" and not self._stds:
-                self._stds = [_wide(rows_of(view)).abs().mul_(self._sigma) for view in self.views]
-            scratch = self._scratch()
-            for number in range(self._journal.perturbed, len(self._pieces)):
-                self._perturb(number, scratch)
+        self._write()
+        if key != self._key:
+            self._demand_clean("perturbing with another key")
+            self._key, self._sums = key, [None] * len(self._pieces)
+        if self._restore == "copy" and not self._clean:
+            self._clean = [rows_of(view).clone() for view in self.views]
+        if self._restore == "subtract" and not self._stds:
+            self._stds = [_wide(rows_of(view)).abs().mul_(self._sigma) for view in self.views]
+        scratch = self._scratch()
+        for number in range(self._journal.perturbed, len(self._pieces)):
+            self._perturb(number, scratch)
 
     def restore(self) -> None:
-        with writing():
-            self._write()
-            scratch = self._scratch()
-            for number in reversed(range(self._journal.perturbed)):
-                self._unperturb(number, scratch)
-            if self._flags is not None:
-                self._flags.send()
+        self._write()
+        scratch = self._scratch()
+        for number in reversed(range(self._journal.perturbed)):
+            self._unperturb(number, scratch)
+        if self._flags is not None:
+            self._flags.send()
 
     def written(self, wait: bool = False) -> list[WeightView]:
         if self._flags is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.forwards import computes, unsupported_reason
 from ..adapters.quantized import format_of
+from ..core.warn import warn_user
 from ..core.weight import FLOATS, AdaptedWeight, WeightView
 from ..ops.noise import Key, signed, weight_key
 from ..ops.norms import row_square_sums
@@ -51,6 +52,7 @@ class ForwardPlan:
         self._layers: list[noisy_layers.NoisyForward] = []
         self._keys: dict[torch.device, Tensor] = {}
         self._key: Key | None = None
+        self._told_of_idle = False
         for number, view in enumerate(self.views):
             owner, name = view.weight.owner, view.weight.name
             form, device = format_of(owner, name), view.weight.parameter.device
@@ -89,6 +91,8 @@ class ForwardPlan:
     def perturb(self, key: Key) -> None:
         """Switch the noise on. A key that is there already is not written again: a graph that saved it stays valid."""
         if key != self._key:
+            if self._key is not None:
+                self._tell_of_idle_layers()
             self._key = None
             words = []
             for view in self.views:
@@ -100,6 +104,18 @@ class ForwardPlan:
             self._key = key
         for layer in self._layers:
             layer.on = True
+
+    def _tell_of_idle_layers(self) -> None:
+        """Once, when a step is over: whose forward did not run in it."""
+        idle = [view.weight.path for view, layer in zip(self.views, self._layers) if not layer.ran]
+        if idle and not self._told_of_idle:
+            warn_user(
+                f"{len(idle)} of {len(self.views)} layers that get their noise in the forward did not run it in the last "
+                f"step, so nothing of theirs was perturbed: {idle[0]}{', ...' if len(idle) > 1 else ''}. For an expert that "
+                "no token went to, that is right. If fused kernels read these weights without calling the layers (axolotl's "
+                "lora_mlp_kernel and its like, unsloth), switch them off, or load the base unquantised"
+            )
+        self._told_of_idle = True
 
     def restore(self) -> None:
         """Switch the noise off."""

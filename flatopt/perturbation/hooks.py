@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from ..adapters.raw import RAW
+from ..adapters.registry import adapter_of
 from ..core.sharding import is_fsdp_module
 from ..core.warn import warn_user
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
@@ -449,7 +450,13 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
         if doors is not None:
             doors.registered(module, parameter)
 
+    def adapted(module: nn.Module, name: str, submodule: Any) -> None:
+        doors = myself()
+        if doors is not None and submodule is not None and adapter_of(submodule) is not None:
+            doors.adapters_changed = True
+
     doors.handles.append(register_module_parameter_registration_hook(registered))
+    doors.handles.append(register_module_module_registration_hook(adapted))
 
 
 def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":
@@ -501,7 +508,7 @@ def _refuse_transforms(module: nn.Module) -> None:
     """Raise where W cannot be moved now: what is written would become part of what is traced or differentiated."""
     functorch = torch._C._functorch
     levels = functorch.get_interpreter_stack() or []
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         within = "torch.jit.trace"
     elif any(level.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for level in levels):
         within = "torch.func.grad (or vjp, jvp, ...)"

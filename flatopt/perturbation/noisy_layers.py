@@ -303,7 +303,7 @@ class NoisyForward:
 
     def __init__(self, layer: nn.Module, slot: str):
         self.layer, self.slot, self.replaced = layer, slot, layer.__dict__.get(slot)
-        self.on = False
+        self.on = self.ran = False  # ran: at W + ε, ever
         self.noisy: NoisyWeight
         self.compute: Callable[[NoisyWeight, Tensor], Tensor] | None = None
 
@@ -318,6 +318,7 @@ class NoisyForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on:
             return self.clean(*args, **kwargs)
+        self.ran = True
         if self.compute is None:
             return add_linear_noise(self.noisy, args[0], self.clean(*args, **kwargs))
         return self.compute(self.noisy, *args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from ..adapters.base import Adapter
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check, check_lasting
 from ..core.sharding import first_row, fsdp_modules, is_fsdp_module, let_go, local, local_update
@@ -365,21 +366,18 @@ class GroupLook:
         self._weights: list[AdaptedWeight] = []
         self._settings: tuple[Any, ...] = ()
         self._known: list[WeightView] = []  # of every weight, tied ones too
-        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, merged, version
-        self._keys: list[Any] = []
+        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, version
         self._quantised: list[bool] = []
         self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
+        self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
+        self._keys: list[Any] = []  # of each batch's updates
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore, list(map(id, weights)))
         if self._settings != settings:
-            self._settings, self._weights, self._seen, self._keys = (
-                settings,
-                list(weights),
-                [],
-                [],
-            )  # amid a step they are these
+            self._settings, self._weights = settings, list(weights)  # amid a step they are these
+            self._seen, self._keys = [], []
             self._quantised = [False] * len(weights)
             self._known = [WeightView(weight, first + i) for i, weight in enumerate(weights)]
             self.plans = []
@@ -390,7 +388,7 @@ class GroupLook:
             for weight, now, then in zip(weights, identities, before):
                 if now != then:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
-        tensors = [local(p.detach()) for p in parameters]
+        tensors = [p.detach() if type(p) is nn.Parameter else local(p.detach()) for p in parameters]
         # in columns: a list a property costs a third of a tuple a weight
         seen: list[Any] = [
             identities,
@@ -399,7 +397,6 @@ class GroupLook:
             [t.shape for t in tensors],
             [t.stride() for t in tensors],
             [p.requires_grad for p in parameters],
-            [w.adapter.is_merged(w.layer) for w in weights],
             [t._version for t in tensors],
         ]
         if seen != self._seen:
@@ -416,14 +413,23 @@ class GroupLook:
         for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
             view.parameter, view.tensor = parameter, None if quantised else tensor
         memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
-        self.views = []
+        views = []
         for view, there in zip(self._known, memory):
             if there not in taken:
                 taken.add(there)
-                self.views.append(view)
+                views.append(view)
+        if views != self.views:
+            self._by_adapter(views)
         self._look_at_updates()
         if not self.plans:
             self._plan(noise, restore)
+
+    def _by_adapter(self, views: "list[WeightView]") -> None:
+        self.views, self._keys, self.plans = views, [], []
+        batches: dict[int, list[WeightView]] = {}
+        for view in views:
+            batches.setdefault(id(view.weight.adapter), []).append(view)
+        self._batches = [(batch[0].weight.adapter, batch, [v.weight for v in batch]) for batch in batches.values()]
 
     def _plan(self, noise: str, restore: str) -> None:
         self.exact = restore != "subtract"
@@ -441,23 +447,23 @@ class GroupLook:
 
     def _look_at_updates(self) -> None:
         """Ask for the updates that are not the same tensors as before."""
-        batches: dict[int, list[WeightView]] = {}
-        for view in self.views:
-            batches.setdefault(id(view.weight.adapter), []).append(view)
-        keys: list[Any] = []
-        for batch in batches.values():
-            found = batch[0].weight.adapter.update_key([view.weight for view in batch])
-            found = [object() for _ in batch] if found is None else found  # equal to nothing
-            known = self._keys[len(keys) : len(keys) + len(batch)]
-            if found != known:
-                known = known or [None] * len(batch)
-                news = [view for view, now, then in zip(batch, found, known) if then is None or now != then]
-                for view, update in zip(news, news[0].weight.adapter.updates([view.weight for view in news])):
-                    assert view.parameter is not None
-                    mine = local_update(update, view.parameter)
-                    view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
-            keys += found
-        self._keys = keys
+        self._keys = self._keys or [None] * len(self._batches)
+        for number, (adapter, views, weights) in enumerate(self._batches):
+            keys, known = adapter.update_key(weights), self._keys[number]
+            if keys is None or keys != known:
+                old = [None] * len(views) if keys is None or known is None else known
+                news = [view for view, now, then in zip(views, keys or old, old) if then is None or now != then]
+                self._ask(adapter, news)
+                self._keys[number] = keys
+
+    def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
+        for view in views:
+            if adapter.is_merged(view.weight.layer):
+                check(view.weight, in_forward=True)
+        for view, update in zip(views, adapter.updates([view.weight for view in views])):
+            assert view.parameter is not None
+            mine = local_update(update, view.parameter)
+            view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
 
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""

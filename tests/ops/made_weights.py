@@ -48,16 +48,19 @@ class Plans:
         self.views, self.plans = views, ops.plan(views, noise, restore)
 
     def fill_std(self, sigma):
-        for plan in self.plans:
-            plan.fill_std(sigma)
+        with ops.writing():
+            for plan in self.plans:
+                plan.fill_std(sigma)
 
     def perturb(self, key):
-        for plan in self.plans:
-            plan.perturb(key)
+        with ops.writing():
+            for plan in self.plans:
+                plan.perturb(key)
 
     def restore(self):
-        for plan in self.plans:
-            plan.restore()
+        with ops.writing():
+            for plan in self.plans:
+                plan.restore()
 
     def written(self):
         return [view for plan in self.plans for view in plan.written(wait=True)]

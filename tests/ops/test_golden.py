@@ -8,6 +8,7 @@ cosine they use. After a change that is *meant* to change the noise, ``python te
 """
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer
@@ -29,6 +31,7 @@ DEVICE = "cuda" if PATH == "cuda" else "cpu"
 NOISES = ("filter", "layer", "isotropic", "element")
 RESTORES = ("reversible", "copy", "subtract")
 ROWS, COLUMNS, RANK, SEED = 24, 40, 2, 5
+TELLS_PARAMETERS = "target_parameters" in inspect.signature(LoraConfig).parameters  # from PEFT 0.17 on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -65,8 +68,6 @@ class LowRank(nn.Module):
 
 def of_peft(base: nn.Module, dtype: torch.dtype, **options) -> nn.Module:
     """``base`` under PEFT's LoRA, weights and factors exact."""
-    from peft import LoraConfig, get_peft_model
-
     config = {"r": RANK, "lora_alpha": 2 * RANK, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,7 +111,26 @@ def lora(dtype, **options):
     return of_peft(Network(layer=nn.Linear(COLUMNS, ROWS)), dtype, target_modules=["layer"], **options)
 
 
+class ExpertsAsRows(nn.Module):
+    """The same weight with the same update as a plain matrix, one expert's rows below the other's: for older PEFT."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(weight(3 * 8, COLUMNS).to(dtype), requires_grad=False)
+        self.A = nn.Parameter((whole(3 * RANK, COLUMNS, limit=2, multiplier=3) / 32).to(dtype))
+        self.B = nn.Parameter((whole(8, 3 * RANK, limit=1, multiplier=5) / 32).to(dtype))
+
+    def low_rank_base(self):
+        return self.weight
+
+    def low_rank_delta(self):
+        A, B = self.A.view(3, RANK, COLUMNS), self.B.view(8, RANK, 3)
+        return 2.0 * torch.einsum("ore,eri->eoi", B, A).reshape(self.weight.shape)
+
+
 def experts(dtype):
+    if not TELLS_PARAMETERS:
+        return ExpertsAsRows(dtype)
     return of_peft(Network(layer=Experts()), dtype, target_modules=[], target_parameters=["layer.stacked"])
 
 
@@ -127,7 +147,7 @@ LAYERS = {
     "lora": (lora, "base_model.model.layer.base_layer.weight"),
     "dora": (lambda dtype: lora(dtype, use_dora=True), "base_model.model.layer.base_layer.weight"),
     "columns": (columns, "base_model.model.layer.base_layer.weight"),
-    "experts": (experts, "base_model.model.layer.base_layer.stacked"),
+    "experts": (experts, "base_model.model.layer.base_layer.stacked" if TELLS_PARAMETERS else "weight"),
 }
 
 

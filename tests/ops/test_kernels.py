@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from helpers import bits, lora_mlp
-from made_weights import looked_at, weight_view
+from made_weights import factors, looked_at, weight_view
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer, ops
@@ -444,6 +444,65 @@ def test_a_write_to_the_perturbed_weight_raises(kernels):
         module.weight[0, 0] = 1.0
     with pytest.raises(RuntimeError, match="was written to while"):
         optimizer.restore()
+
+
+class Compiles:
+    """As a function of triton.jit: ``kernel[grid](...)`` launches and gives the compiled kernel, which is called alike."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            return Compiled(self)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.calls.append((grid, arguments, "compiled"))
+
+
+@pytest.mark.parametrize("calls_compiled", [True, False])
+def test_a_kernel_is_looked_up_once(monkeypatch, calls_compiled):
+    from flatopt.ops.triton import launch
+
+    monkeypatch.setattr(launch, "CALLS_COMPILED", calls_compiled)
+    jit = Compiles()
+    kernel = launch.Kernel(jit, 7, ("bf16", 16), num_warps=4)
+    for number in range(3):
+        kernel("table", number)
+    again = "compiled" if calls_compiled else {"num_warps": 4}
+    grid, constants = (7, 1, 1), ("bf16", 16)
+    assert jit.calls == [
+        (grid, ("table", 0, *constants), {"num_warps": 4}),
+        (grid, ("table", 1, *constants), again),
+        (grid, ("table", 2, *constants), again),
+    ]
+
+
+@runs
+def test_a_step_is_four_launches(monkeypatch):
+    """Factors, norms, perturb; restore. What somebody wrote to is put right in the last."""
+    from flatopt.ops.triton import launch
+
+    launched, call = [], launch.Kernel.__call__
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda self, *args: (launched.append(self), call(self, *args))[1])
+    views = [weight_view(gaussian(16, 64, dtype=torch.float32), factors(16, 64, device=DEVICE), i) for i in (1, 2)]
+    clean = [view.tensor.clone() for view in views]
+    (plan,) = ops.plan(views, "filter", "reversible")
+    plan.fill_std(SIGMA)
+    plan.perturb((1, 2))
+    views[0].tensor.copy_(clean[1])
+    plan.restore()
+    assert len(launched) == 4
+    assert plan.written(wait=True) == [views[0]]
+    assert all(torch.equal(bits(view.tensor), bits(clean[1])) for view in views)
 
 
 # --- a GPU's own ----------------------------------------------------------------------------------------------------------

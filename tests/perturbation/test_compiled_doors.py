@@ -63,7 +63,7 @@ def test_the_model_inside_compiled(door, backend):
     gradients = []
     for step in range(4):
         for opened_by in (model, run) if step % 2 else (run, model):
-            loss = loss_of(opened_by)
+            loss_of(opened_by)
             assert len(changed(model, before)) == 3
             with torch.no_grad():
                 torch.testing.assert_close(run(x), want)

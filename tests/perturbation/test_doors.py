@@ -13,8 +13,8 @@ from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
 from flatopt import FlatPerturbOptimizer, register_low_rank
 
 
-def wrap(model, targets=None, **settings):
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+def wrap(model, targets=None, optimizer=None, **settings):
+    optimizer = optimizer or torch.optim.SGD(trainable(model), lr=0.1)
     return FlatPerturbOptimizer(
         optimizer, model if targets is None else targets, **{"sigma": 0.3, "schedule": "constant", **settings}
     )
@@ -393,6 +393,41 @@ def test_an_adapter_on_further_layers_gets_noise_or_a_warning_names_it():
     assert any("second" in name for name in noisy) or any("second" in str(w.message) for w in caught)
     optimizer.restore()
     assert not changed(model, clean)
+
+
+def by_load_adapter(model, tmp_path):
+    lora_mlp(target_modules=["second", "head"]).save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "late", is_trainable=True)
+
+
+def by_hand_on_the_model(model, tmp_path):
+    model.get_base_model().second = lora_mlp().get_base_model().second
+    model.get_base_model().head = lora_mlp().get_base_model().head
+
+
+@pytest.mark.parametrize("adapt", [by_load_adapter, by_hand_on_the_model])
+def test_layers_adapted_later_are_named_once_with_the_way_out(adapt, tmp_path):
+    model = lora_mlp(target_modules=["first"])
+    optimizer = wrap(model, total_steps=9)
+    for step in range(4):
+        if step == 1:
+            adapt(model, tmp_path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(batch()[0]).sum().backward()
+            optimizer.step()
+        told = [str(w.message) for w in caught]
+        assert len(told) == (step == 1)
+        if told:
+            assert "second.weight" in told[0]
+            assert "head.weight" in told[0]
+            assert "Call detach() and make a new one around optimizer.optimizer" in told[0]
+    optimizer.detach()
+    again = wrap(model, optimizer=optimizer.optimizer)
+    assert again.step_count == 4
+    before = frozen(model)
+    model(batch()[0])
+    assert len(changed(model, before)) == 3
 
 
 # --- weights that forwards make anew ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ FORMATS = {
     "bitsandbytes nf4, double quantised": lambda: bitsandbytes_4bit("nf4", nested=True),
     "bitsandbytes fp4": lambda: bitsandbytes_4bit("fp4"),
     "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=getattr(torch, "int4", None)),
     "torchao float8": lambda: torchao("Float8WeightOnlyConfig"),
     "HQQ 4 bit, axis 0": lambda: hqq(4, axis=0),
     "HQQ 4 bit, axis 1": lambda: hqq(4, axis=1),
@@ -522,6 +523,30 @@ def test_compiled_without_a_break_once_for_all_steps(make):
     assert len(compilations) == 1
     plan.restore()
     assert torch.equal(compiled(x), net(x))
+
+
+def test_layers_that_a_fused_kernel_passes_over_are_named_once():
+    layers = [plain(), plain()]
+    plan = ForwardPlan(
+        [WeightView(AdaptedWeight(layer, "weight", f"layers.{i}", layer, None), i) for i, layer in enumerate(layers)],
+        "filter",
+    )
+    plan.fill_std(SIGMA)
+
+    def step(number):
+        plan.perturb(step_key(0, number, 0))
+        x = layers[0](inputs())
+        F.linear(x[..., :1].expand(*x.shape[:-1], FAN_IN), layers[1].weight)  # as such a kernel reads it
+        plan.restore()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(0)
+    with pytest.warns(UserWarning, match=r"1 of 2 layers .* did not run it .*: layers\.1\. .*fused kernels"):
+        step(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(2)
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ TOLERANCE = {False: {"rtol": 1e-3, "atol": 1e-5}, True: {"rtol": 0.1, "atol": 2e
     ],
 )
 def test_compiled(name, backend, how, checkpointing, autocast, accumulation):
+    if name == "gpt2" and torch.__version__.startswith("2.4."):
+        pytest.skip("torch 2.4 compiles PEFT's LoRA on an embedding away, with flatopt or without")
     model, make_batch = {**MODELS, "mlp": mlp}[name](checkpointing, depth=1)
     twins = copy.deepcopy(model), copy.deepcopy(model)  # before model.compile, which its copies would share
     if how == "model.compile":

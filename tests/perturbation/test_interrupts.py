@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatopt import FlatPerturbOptimizer
+from flatopt.perturbation import interrupts
 from flatopt.perturbation.interrupts import uninterrupted
 
 
@@ -195,7 +196,7 @@ def test_one_while_handlers_are_put_back(monkeypatch):
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: received.append("term")),
     }
     mine = {number: signal.getsignal(number) for number in before}
-    put = signal.signal
+    put = interrupts.set_handler
 
     def press_after(number, handler):
         put(number, handler)
@@ -204,14 +205,14 @@ def test_one_while_handlers_are_put_back(monkeypatch):
 
     try:
         with pytest.raises(KeyboardInterrupt), uninterrupted():
-            monkeypatch.setattr(signal, "signal", press_after)
+            monkeypatch.setattr(interrupts, "set_handler", press_after)
         monkeypatch.undo()
         signal.raise_signal(signal.SIGTERM)
         assert received == ["term"]
         assert {number: signal.getsignal(number) for number in before} == mine
     finally:
         for number, handler in before.items():
-            put(number, handler)
+            signal.signal(number, handler)
 
 
 def test_raw_parameters_without_a_forward(press):

@@ -1,4 +1,4 @@
-"""Exported, traced, scripted and differentiated models amid a step, and weights that are no plain tensors: right or refused."""
+"""Exported, traced, scripted and differentiated models, and weights that are no plain tensors: right or refused."""
 
 import inspect
 
@@ -114,7 +114,7 @@ def test_a_parametrization_registered_amid_a_step(model, before):
     optimizer.step()
     original = layer.parametrizations.weight.original
     assert torch.equal(original, before["base_model.model.first.base_layer.weight"])
-    with pytest.raises(ValueError, match="first.*is computed anew in each forward"):
+    with pytest.raises(ValueError, match=r"first.*is computed anew in each forward"):
         loss_of(model)
     parametrize.remove_parametrizations(layer, "weight")
     loss_of(model).backward()

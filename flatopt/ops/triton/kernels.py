@@ -13,8 +13,8 @@ weight, row, column).
 
 Proof of return: ``move`` sums up, row by row, the words that it reads and those that it writes, one multiplication and
 addition a word each. To perturb it leaves both sums; to restore it compares what it found with what was left, and what it
-wrote with what once stood there. What is not as it should be is marked, and moved back by a second launch, which has nothing
-to do otherwise: f(f(v)) = v, so the foreign bits v stand there again, or the clean ones, if somebody had put those back.
+wrote with what once stood there. A tile that is not as it should be is marked, and moved back at once by the program that
+moved it: f(f(v)) = v, so the foreign bits v stand there again, or the clean ones, if somebody had put those back.
 
 Same noise as torch's path up to the last bits of the functions; where w/a is an integer but for rounding, the two may
 count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both
@@ -52,10 +52,10 @@ NAME, FIRST_ROW, MARK = field("name"), field("first_row"), field("mark")
 
 # What move does: the reversible map, W + noise, W - noise, or nothing (it reads and sums up).
 TOGGLE, ADD, SUBTRACT, READ = (tl.constexpr(how) for how in (0, 1, -1, 2))
-# And what it does with the sums. PERTURB: leave them. RESUME: the same, but a tile that is perturbed already is marked to be
-# reverted. RESTORE: compare them; mark tiles and weights. REVERT: move the tiles marked. RESUME or RESTORE, and then REVERT,
-# come to the same however often they are done, and wherever they were broken off.
-PERTURB, RESUME, RESTORE, REVERT = (tl.constexpr(stage) for stage in range(4))
+# And what it does with the sums. PERTURB: leave them. RESUME: the same, but a tile that was perturbed already is moved back.
+# RESTORE: compare them, mark weights, and move back what was not as PERTURB left it. Done again, RESUME and RESTORE come to
+# the same.
+PERTURB, RESUME, RESTORE = (tl.constexpr(stage) for stage in range(3))
 
 
 # --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
@@ -377,15 +377,53 @@ def _sums(total, LANES: tl.constexpr):
     return tl.sum(total * factor[None, :], 1).to(tl.uint32).to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def _pass(
+    at, left, right, inside, n, column_stride, first, second, std, rho, delta, step,
+    HOW: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, HALVINGS: tl.constexpr, APPROX: tl.constexpr,
+):  # fmt: skip
+    """Move a tile, and the sums of its rows as they were found and as they were left."""
+    LANES: tl.constexpr = PAIRS // 2**HALVINGS
+    found_total, left_total = tl.zeros([ROWS, LANES], tl.uint32), tl.zeros([ROWS, LANES], tl.uint32)
+    for start in range(left, right, PAIRS):
+        pair = start + tl.arange(0, PAIRS)[None, :]
+        here = inside[:, None] & (pair < right)
+        if PACKED:
+            word = tl.load(at + pair, mask=here, other=0)
+            found_total = _add_up(found_total, word, DTYPE, HALVINGS)
+            if HOW != READ:
+                radius, cosine, sine = _normals(pair, first, second, APPROX)
+                word = _moved(word, radius, cosine, sine, std, rho, delta, step, HOW, DTYPE, APPROX)
+                tl.store(at + pair, word, mask=here)
+                if not WHOLE:
+                    word = tl.where(pair < right, word, 0)
+                left_total = _add_up(left_total, word, DTYPE, HALVINGS)
+        else:
+            ELEMENT: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+            even = at + 2 * pair.to(tl.int64) * column_stride
+            odd, both = even + column_stride, here & (2 * pair.to(tl.int64) + 1 < n)
+            word = _join(tl.load(even, mask=here, other=0), tl.load(odd, mask=both, other=0), DTYPE)
+            found_total = _add_up(found_total, word, DTYPE, HALVINGS)
+            if HOW != READ:
+                radius, cosine, sine = _normals(pair, first, second, APPROX)
+                word = _moved(word, radius, cosine, sine, std, rho, delta, step, HOW, DTYPE, APPROX)
+                low, high = word.to(ELEMENT), (word >> ELEMENT.primitive_bitwidth).to(ELEMENT)
+                tl.store(even, low, mask=here)
+                tl.store(odd, high, mask=both)
+                left_total = _add_up(
+                    left_total, _join(tl.where(here, low, 0), tl.where(both, high, 0), DTYPE), DTYPE, HALVINGS
+                )
+    return _sums(found_total, LANES), _sums(left_total, LANES)
+
+
 @triton.jit(do_not_specialize=["below", "first", "second", "stage"])
 def move(
-    table, tiles, stds, deltas, sums, again, marks, below, first, second, stage,
+    table, tiles, stds, deltas, sums, marks, below, first, second, stage,
     HOW: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, HALVINGS: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    if (stage == REVERT) & (tl.load(again + number) == 0):
-        return
     tile = tiles + number * 3
     layer = table + tl.load(tile) * FIELDS
     row = (tl.load(tile + 1) + tl.arange(0, ROWS)).to(tl.int64)
@@ -397,7 +435,7 @@ def move(
     std = tl.load(stds + tl.load(layer + STD) + row, mask=inside, other=0.0)
 
     rho, delta, step = _grid(std, below, DTYPE, deltas)
-    rho, delta, step = rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
+    std, rho, delta, step = std[:, None], rho[:, None] / 4194304.0, delta[:, None] / 4194304.0, step[:, None] * 4194304.0
     first, second = _sub_key(first.to(tl.uint32), second.to(tl.uint32), tl.load(layer + NAME))
     first, second = _sub_key(first, second, tl.load(layer + FIRST_ROW) + row)
     first, second = first[:, None], second[:, None]
@@ -410,61 +448,38 @@ def move(
     else:
         ELEMENT: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
         at = tl.load(layer + WEIGHT).to(tl.pointer_type(ELEMENT)) + row[:, None] * row_stride
-    LANES: tl.constexpr = PAIRS // 2**HALVINGS
-    found_total, left_total = tl.zeros([ROWS, LANES], tl.uint32), tl.zeros([ROWS, LANES], tl.uint32)
-    for start in range(left, right, PAIRS):
-        pair = start + tl.arange(0, PAIRS)[None, :]
-        here = inside[:, None] & (pair < right)
-        if PACKED:
-            word = tl.load(at + pair, mask=here, other=0)
-            found_total = _add_up(found_total, word, DTYPE, HALVINGS)
-            if HOW != READ:
-                radius, cosine, sine = _normals(pair, first, second, APPROX)
-                word = _moved(word, radius, cosine, sine, std[:, None], rho, delta, step, HOW, DTYPE, APPROX)
-                tl.store(at + pair, word, mask=here)
-                if not WHOLE:
-                    word = tl.where(pair < right, word, 0)
-                left_total = _add_up(left_total, word, DTYPE, HALVINGS)
-        else:
-            even = at + 2 * pair.to(tl.int64) * column_stride
-            odd, both = even + column_stride, here & (2 * pair.to(tl.int64) + 1 < n)
-            word = _join(tl.load(even, mask=here, other=0), tl.load(odd, mask=both, other=0), DTYPE)
-            found_total = _add_up(found_total, word, DTYPE, HALVINGS)
-            if HOW != READ:
-                radius, cosine, sine = _normals(pair, first, second, APPROX)
-                word = _moved(word, radius, cosine, sine, std[:, None], rho, delta, step, HOW, DTYPE, APPROX)
-                low, high = word.to(ELEMENT), (word >> ELEMENT.primitive_bitwidth).to(ELEMENT)
-                tl.store(even, low, mask=here)
-                tl.store(odd, high, mask=both)
-                left_total = _add_up(
-                    left_total, _join(tl.where(here, low, 0), tl.where(both, high, 0), DTYPE), DTYPE, HALVINGS
-                )
+    found, written = _pass(
+        at, left, right, inside, n, column_stride, first, second, std, rho, delta, step,
+        HOW, PACKED, WHOLE, DTYPE, ROWS, PAIRS, HALVINGS, APPROX,
+    )  # fmt: skip
 
-    found, written = _sums(found_total, LANES), _sums(left_total, LANES)
     clean_at = sums + number * 2 * ROWS + tl.arange(0, ROWS)
     perturbed_at = clean_at + ROWS
     clean, perturbed = tl.load(clean_at, mask=inside, other=0), tl.load(perturbed_at, mask=inside, other=0)
     other = tl.max((inside & (found != perturbed)).to(tl.int32), 0)  # than perturb left
     unclean = tl.max((inside & (found != clean)).to(tl.int32), 0)
     lost = tl.max((inside & (written != clean)).to(tl.int32), 0)
-    if stage <= RESUME:
-        repeated = (stage == RESUME) & (other == 0) & (unclean != 0)
-        tl.store(again + number, repeated.to(tl.int32))
-        if not repeated:
-            tl.store(clean_at, found, mask=inside)
-            tl.store(perturbed_at, written, mask=inside)
-    elif stage == RESTORE:
+    repeated = (stage == RESUME) & (other == 0) & (unclean != 0)
+    if stage == RESTORE:
         mark, bad = tl.load(layer + MARK), other & unclean
         if HOW == TOGGLE:
             bad = bad | ((1 - other) & lost)
-        if HOW != READ:
-            tl.store(again + number, other)
         if HOW == SUBTRACT:  # noqa: SIM102
             if other == 0:  # it drifts, and what it drifted to counts as clean
                 tl.store(clean_at, written, mask=inside)
         if (bad != 0) & (mark >= 0):
             tl.store(marks + mark, 1)
-    elif HOW == ADD:
-        tl.store(clean_at, written, mask=inside)
-    elif HOW == SUBTRACT:
+    elif not repeated:
+        tl.store(clean_at, found, mask=inside)
         tl.store(perturbed_at, written, mask=inside)
+    if HOW != READ:  # noqa: SIM102
+        if repeated | ((stage == RESTORE) & (other != 0)):
+            tl.debug_barrier()  # what other threads wrote is read now
+            _, put_back = _pass(
+                at, left, right, inside, n, column_stride, first, second, std, rho, delta, step,
+                -HOW, PACKED, WHOLE, DTYPE, ROWS, PAIRS, HALVINGS, APPROX,
+            )  # fmt: skip
+            if HOW == SUBTRACT:
+                tl.store(clean_at, put_back, mask=inside)
+            elif HOW == ADD:
+                tl.store(perturbed_at, put_back, mask=inside)

@@ -4,27 +4,28 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.language import constexpr
 
 from ...core.weight import WeightView
-from ..constants import writing
 from ..fingerprint import Flags
 from ..noise import Key, signed
 from ..norms import rows_of, standard_deviations
 from ..reversible import delta_table, grid_bits
 from . import kernels
-from .kernels import ADD, APPROX, PERTURB, READ, RESTORE, RESUME, REVERT, SPAN, SUBTRACT, TOGGLE
+from .kernels import ADD, APPROX, PERTURB, READ, RESTORE, RESUME, SPAN, SUBTRACT, TOGGLE
 from .table import DTYPES, Entry, Kind, entry, upload
 
 # What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
 ROWS, PAIRS, WARPS = 16, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # before, constants were left out of the call
 COUNTS_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 
@@ -47,11 +48,13 @@ class TritonPlan:
         self._sigma = 0.0
         self._key: Key | None = None  # of the sums that the launches hold
         self._clean: list[Tensor] = []
+        self._tensors: list[Tensor] = []  # the weights, amid a step
 
     def fill_std(self, sigma: float) -> None:
         self._demand_clean("fill_std()")
-        with writing(), _on(self._device):
+        with _on(self._device):
             self._sigma, self._key, self._clean = sigma, None, []
+            self._tensors = [view.tensor for view in self.views if view.tensor is not None]
             self._look()
             given = [number for number, e in enumerate(self._entries) if e.given]
             if given:
@@ -64,7 +67,7 @@ class TritonPlan:
     def perturb(self, key: Key) -> None:
         if key != self._key:
             self._demand_clean("perturbing with another key")
-        with writing(), _on(self._device):
+        with _on(self._device):
             again = key == self._key
             if self._restore == "copy":
                 if self._clean:  # as it was before, whatever somebody wrote to it meanwhile: that is told
@@ -73,15 +76,15 @@ class TritonPlan:
                 else:
                     self._clean = [rows_of(view).clone() for view in self.views]
             self._key = key
-            _count_writes(self.views)
+            _count_writes(self._tensors)
             while self._journal.perturbed < len(self._launches):
                 self._perturb_next(again or self._journal.in_doubt)
 
     def restore(self) -> None:
         if self._journal == Journal():
             return
-        with writing(), _on(self._device):
-            _count_writes(self.views)
+        with _on(self._device):
+            _count_writes(self._tensors)
             if self._restore == "copy":
                 self._put_copy_back()
             else:
@@ -99,7 +102,7 @@ class TritonPlan:
 
     def release(self) -> None:
         self._demand_clean("release()")
-        self._clean = []
+        self._clean, self._tensors = [], []
 
     def _demand_clean(self, what: str) -> None:
         if self._journal != Journal():
@@ -114,9 +117,6 @@ class TritonPlan:
     def _move(self, launch: "Launch", how: constexpr, stage: constexpr) -> None:
         assert self._key is not None
         launch.move(how, stage, self._key, self._sigma, self._marks.on_device)
-        if stage is not PERTURB:
-            back = TOGGLE if how is TOGGLE else SUBTRACT if how is ADD else ADD
-            launch.move(back, REVERT, self._key, self._sigma, self._marks.on_device)
 
     def _put_copy_back(self) -> None:
         # what stood clean before is looked at, too; not the one that may have been perturbed or not
@@ -191,39 +191,59 @@ class Launch:
         self.stds = torch.zeros(offset, dtype=torch.float32, device=device)
         self.stds_of: tuple[Tensor, ...] = torch.split(self.stds.unsqueeze(1), heights)
         self.sums = torch.zeros(len(self.tiles) * ROWS * 2, dtype=torch.int32, device=device)
-        self.again = torch.zeros(len(self.tiles), dtype=torch.int32, device=device)
         self.whole = kind.packed and all(columns // 2 % PAIRS == 0 for _, columns in shapes)
         # a thread reads 16 bytes at a time: that many words have one total
         self.halvings = 0 if not kind.packed else 1 if kind.dtype == torch.float32 else 2
-        self.constants = ROWS, PAIRS, WARPS
+        self._of_move = self.table, self.tiles, self.stds, delta_table(device), self.sums
+        self._compile()
+
+    def _compile(self) -> None:
+        kind, dtype, b_dtype, rank = self.kind, DTYPES[self.kind.dtype], DTYPES[self.kind.b_dtype], self.kind.rank
+        prepare_depth, depth = PREPARE_DEPTH * 16 // rank, max(32, NORM_DEPTH * 16 // rank)
+        constants: tuple[Any, ...] = dtype, DTYPES[kind.a_dtype], rank, prepare_depth, APPROX
+        self._prepare = Kernel(kernels.prepare, self.size, constants, num_stages=PREPARE_STAGES)
+        constants = kind.packed, dtype, b_dtype, rank, NORM_ROWS, depth, APPROX
+        programs, options = len(self.norm_tiles), {"num_warps": NORM_WARPS, "num_stages": NORM_STAGES}
+        self._norms = Kernel(kernels.norms, programs, constants, **options)
+        constants = kind.packed, self.whole, dtype, ROWS, PAIRS, self.halvings, APPROX
+        programs, options = len(self.tiles), {"num_warps": WARPS, "enable_fp_fusion": False}
+        hows = (how.value for how in (TOGGLE, ADD, SUBTRACT, READ))
+        self._moves = {how: Kernel(kernels.move, programs, (how, *constants), **options) for how in hows}
 
     def fill_std(self, sigma: float) -> None:
         """Find the standard deviations that are not given."""
         if not self.finds:
             return
-        kind, device, dtype, rank = self.kind, self.stds.device, DTYPES[self.kind.dtype], self.kind.rank
-        prepare_depth, depth = PREPARE_DEPTH * 16 // rank, max(32, NORM_DEPTH * 16 // rank)
+        kind, device, rank = self.kind, self.stds.device, self.kind.rank
         scratch = torch.empty(max(self.scratch, 1), dtype=kind.dtype, device=device)
         grams = torch.empty(self.size, rank, rank, dtype=torch.float32, device=device)
-        kernels.prepare[(self.size,)](
-            self.table, scratch, grams, dtype, DTYPES[kind.a_dtype], rank, prepare_depth, APPROX, num_stages=PREPARE_STAGES
-        )
-        kernels.norms[(len(self.norm_tiles),)](
-            self.table, self.norm_tiles, self.stds, scratch, grams, sigma,
-            kind.packed, dtype, DTYPES[kind.b_dtype], rank, NORM_ROWS, depth, APPROX,
-            num_warps=NORM_WARPS, num_stages=NORM_STAGES,
-        )  # fmt: skip
+        self._prepare(self.table, scratch, grams)
+        self._norms(self.table, self.norm_tiles, self.stds, scratch, grams, float(sigma))
 
     def move(self, how: constexpr, stage: constexpr, key: Key, sigma: float, marks: Tensor) -> None:
         """See ``kernels.move``."""
         below = math.frexp(sigma)[1] - 1 + grid_bits(sigma, self.kind.dtype)
-        rows, pairs, warps = self.constants
-        kernels.move[(len(self.tiles),)](
-            self.table, self.tiles, self.stds, delta_table(self.stds.device), self.sums, self.again, marks,
-            below, signed(key[0]), signed(key[1]), stage.value,
-            how.value, self.kind.packed, self.whole, DTYPES[self.kind.dtype], rows, pairs, self.halvings, APPROX,
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        self._moves[how.value](*self._of_move, marks, below, signed(key[0]), signed(key[1]), stage.value)
+
+
+class Kernel:
+    """One launch of a kernel: compiled at the first call, after which only tensors and numbers of the same kinds are given.
+
+    Triton looks at every argument, option and global of each launch, which takes it longer than all else that a step does
+    for a dozen weights. The compiled kernel is called without.
+    """
+
+    def __init__(self, kernel: Any, programs: int, constants: tuple[Any, ...], **options: Any):
+        self._kernel, self._grid, self._constants, self._options = kernel, (programs, 1, 1), constants, options
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._compiled is not None:
+            self._compiled(*arguments, *self._constants)
+            return
+        compiled = self._kernel[self._grid](*arguments, *self._constants, **self._options)
+        if compiled is not None and CALLS_COMPILED:  # None in Triton's interpreter
+            self._compiled = compiled[self._grid]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -244,9 +264,8 @@ def _tiles(shapes: tuple[tuple[int, int], ...], rows: int, span: int | None, dev
     return torch.cat(tiles).to(device)
 
 
-def _count_writes(views: list[WeightView]) -> None:
+def _count_writes(tensors: list[Tensor]) -> None:
     # a kernel's writes do not move the version counters, by which autograd knows that W changed
-    tensors = [view.tensor for view in views if view.tensor is not None]
     if COUNTS_LISTS:
         torch.autograd.graph.increment_version(tensors)
     else:

@@ -1,14 +1,14 @@
-"""What the hooks cost the host: a layer that owns W and a forward, with an optimizer attached and without.
+"""What the hooks cost the host: of a layer that owns W, and of the model's forward as a whole.
 
-``python -m benchmarks.hooks``, a minute on a CPU. Layers are LoRA on 32 x 32, so small that Python is all that counts, and
-few, so that some forwards pass uninterrupted on a busy machine. Variants take turns; of each turn the least CPU time of this
-thread counts, and of those the median. Two sizes tell the cost of a layer from that of a forward. What is added is torch's
-slower way of calling a module that has any hook, measured by itself with hooks that do nothing, and what flatopt's hooks do.
-W is perturbed and restored outside of the measured time.
+``python -m benchmarks.hooks``, a minute on a CPU. The layer is LoRA on 32 x 32, so small that Python is all that counts, and is
+timed from inside the forward of its model. Models take turns; of each turn the least CPU time of this thread counts, which a
+busy machine disturbs least, and of those the median. What is added is torch's slower way of calling a module that has any hook,
+measured by itself with hooks that do nothing, and what flatopt's hooks do.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,62 +16,65 @@ from torch import nn
 
 from flatopt import FlatPerturbOptimizer
 
-SIZES, TURNS, REPEATS = (1, 5), 12, 200
+TURNS, REPEATS, CALLS = 15, 300, 10
 
 
-def model_of(layers: int) -> nn.Module:
-    base = nn.Sequential(*(nn.Linear(32, 32) for _ in range(layers)))
-    return get_peft_model(base, LoraConfig(r=4, target_modules=r"\d+", init_lora_weights=False))
-
-
-def train(model: nn.Module, x: torch.Tensor) -> None:
-    model(x).sum().backward()
-
-
-@torch.no_grad()
-def read(model: nn.Module, x: torch.Tensor) -> None:
-    model(x)
-
-
-def least(call, model: nn.Module, x: torch.Tensor) -> float:
+def least(call: Callable[[], object]) -> float:
     times = []
     for _ in range(REPEATS):
         start = time.thread_time()
-        call(model, x)
+        for _ in range(CALLS):
+            call()
         times.append(time.thread_time() - start)
-    return min(times) * 1e6
+    return min(times) / CALLS * 1e6
 
 
-def idle_hooks(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if type(module) is nn.Linear and not module.weight.requires_grad:
-            module.register_forward_pre_hook(lambda module, args: None)
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.timed, self.us = nn.Linear(32, 32), False, 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.timed:
+            self.us = least(lambda: self.layer(x))
+        return self.layer(x)
+
+
+def adapted(hooks_that_do_nothing: bool = False) -> nn.Module:
+    model = get_peft_model(Model(), LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False))
+    if hooks_that_do_nothing:
+        model.get_base_model().layer.base_layer.register_forward_pre_hook(lambda module, args: None)
     return model
+
+
+def of_layer_and_forward(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+    inner = model.get_base_model()
+    inner.timed = True
+    model(x)
+    inner.timed = False
+    return inner.us, least(lambda: model(x))
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    x = torch.randn(4, 32)
-    models = [(model_of(n), idle_hooks(model_of(n)), model_of(n)) for n in SIZES]
-    optimizers = []
-    for *_, model in models:
-        adapter = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        optimizers.append(FlatPerturbOptimizer(adapter, model, sigma=0.05, schedule="constant"))
-    for name, call, before in (
-        ("forward and backward, at W + noise", train, FlatPerturbOptimizer.perturb),
-        ("forward without gradients, at W", read, FlatPerturbOptimizer.restore),
+    bare, idle, attached, x = adapted(), adapted(hooks_that_do_nothing=True), adapted(), torch.randn(4, 32)
+    adapter = torch.optim.SGD([p for p in attached.parameters() if p.requires_grad], lr=0.0)
+    optimizer = FlatPerturbOptimizer(adapter, attached, sigma=0.05, schedule="constant")
+    for name, gradients, before in (
+        ("training, W perturbed", True, optimizer.perturb),
+        ("evaluating, W clean", False, optimizer.restore),
     ):
         turns = []
+        for model in (bare, idle, attached):
+            model.train(gradients)
         for _ in range(TURNS):
-            for optimizer in optimizers:
-                before(optimizer)
-            turns.append([least(call, model, x) for some in models for model in some])
-        bare, idle, ours, *larger = map(statistics.median, zip(*turns[1:]))  # the first warms up
-        layers = SIZES[1] - SIZES[0]
-        idle_layer, layer = ((b - a - larger[0] + bare) / layers for a, b in zip((idle, ours), larger[1:]))
+            before()
+            with torch.set_grad_enabled(gradients):
+                turns.append([us for model in (bare, idle, attached) for us in of_layer_and_forward(model, x)])
+        plain, plain_forward, hooked, _, ours, forward = map(statistics.median, zip(*turns[1:]))  # the first warms up
         print(
-            f"{name}: a bare layer {(larger[0] - bare) / layers:.1f} us; added a layer {layer:.1f} (hooks that do nothing "
-            f"{idle_layer:.1f}), a forward {ours - bare - SIZES[0] * layer:.0f}"
+            f"{name}: a layer {plain:.1f} us, {hooked - plain:+.1f} with hooks that do nothing, {ours - plain:+.1f} with "
+            f"flatopt's; a forward {forward - plain_forward - (ours - plain):+.0f}"
         )
 
 

@@ -189,6 +189,8 @@ class Doors:
         weights = self.weights
         if weights is None or not self.holds(parameter) or module in self.owners or module in self._strangers:
             return
+        if self.enclosing_forward() is not None:
+            return  # the model's own doing, for as long as this forward: PEFT's target_parameters are parametrized in it
         if not isinstance(module, torch.jit.ScriptModule):
             self.listen_to_stranger(module)
         self.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
@@ -540,7 +542,12 @@ def _storage(tensor: Tensor) -> int:
         return 0
     try:
         return tensor.untyped_storage().data_ptr()
-    except (AttributeError, RuntimeError, NotImplementedError):
+    except (
+        AttributeError,
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+    ):  # the last: not initialised yet, of a lazy module
         return 0
 
 

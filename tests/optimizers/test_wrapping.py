@@ -361,6 +361,7 @@ def test_a_with_block_detaches_after_an_error_too(model, before, bare):
 def test_global_hooks_go_with_the_last_optimizer(model, bare):
     from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+    gc.collect()  # what earlier tests left
     there = len(_global_optimizer_pre_hooks)
     optimizer = wrap(bare, model)
     optimizer.detach()

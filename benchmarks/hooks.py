@@ -1,9 +1,9 @@
 """What the hooks cost the host: of a layer that owns W, and of the model's forward as a whole.
 
-``python -m benchmarks.hooks``, a minute on a CPU. The layer is LoRA on 32 x 32, so small that Python is all that counts, and is
-timed from inside the forward of its model. Models take turns; of each turn the least CPU time of this thread counts, which a
-busy machine disturbs least, and of those the median. What is added is torch's slower way of calling a module that has any hook,
-measured by itself with hooks that do nothing, and what flatopt's hooks do.
+``python -m benchmarks.hooks``, a minute on a CPU. The layer is LoRA on 32 x 32, so small that Python is all that
+counts, and is timed from inside the forward of its model. Models take turns; of each turn the least CPU time of this
+thread counts, which a busy machine disturbs least, and of those the median. What is added is torch's slower way of
+calling a module that has any hook, measured by itself with hooks that do nothing, and what flatopt's hooks do.
 """
 
 import statistics

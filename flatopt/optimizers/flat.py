@@ -23,8 +23,10 @@ from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
 from ..perturbation.hooks import Doors, listen
+from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
-from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights, refuse_overlapping
+from ..perturbation.strangers import find_strangers, listen_for_strangers
+from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights
 from .groups import read_groups
 from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
@@ -146,6 +148,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
         listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost
         for register, hook in (
@@ -237,7 +240,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         """
         if self._weights.partly:
             self._weights.restore()
-        self._doors.find_strangers()
+        if not self._doors.looked:
+            find_strangers(self._doors)
         if self._weights.state != CLEAN:
             self._weights.resume()
             return
@@ -334,7 +338,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self.restore()
-        self._doors.forget_first_pass()
+        self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False

@@ -6,8 +6,6 @@ Nothing here depends on a hook after a forward having run: an interrupt skips th
 """
 
 import contextlib
-import gc
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
 from ..core.sharding import is_fsdp_module
-from ..core.warn import warn_user
+from .gradient_cache import FirstPass
+from .stack import enclosing_forward, in_backward, in_training_module, is_distributed, refuse_transforms, running_modules
+from .tensors import before_its_backward, storage_of
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
-
-_CALL = nn.Module._wrapped_call_impl.__code__
 
 
 class Doors:
@@ -32,18 +30,15 @@ class Doors:
     def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
         self.weights: PerturbedWeights | None = weights
         self.perturb = perturb
-        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = (
-            weakref.WeakKeyDictionary()
-        )  # root -> its last forward's kind
+        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # what each root last ran as
         self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose hooks open a step
         self.handles: list[Any] = []
-        self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of them inside and run as one
-        self._looked = False
+        self.strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # no part of the targets, but in their memory
+        self.wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of these inside and run as one
+        self.looked = False  # for strangers
+        self.first_pass = FirstPass()
         self._memory: set[int] = set()
-        self._first_pass: dict[int, Any] = {}  # what a root read without gradients since the last step: memory -> storage
-        self._clock = 0
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
         self.within = False  # whether there are any: torch.compile keeps code for each value
         self.adapters_changed = False  # maybe: somebody called a method that can
@@ -57,8 +52,8 @@ class Doors:
         trains = trains or weights.held
         if trains is weights.noisy and not weights.partly:
             return
-        _refuse_transforms(module)
-        running = [m for m in _running_modules() if is_fsdp_module(m)] if _is_distributed() else []
+        refuse_transforms(module)
+        running = [m for m in running_modules() if is_fsdp_module(m)] if is_distributed() else []
         with weights.gathered_again(running[::-1]):
             self._move(module, trains)
 
@@ -68,7 +63,7 @@ class Doors:
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
-                self.forget_first_pass()
+                self.first_pass.read = {}
             self.perturb()
         elif threading.get_ident() != weights.thread:
             raise RuntimeError(
@@ -108,11 +103,11 @@ class Doors:
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
-        _before_its_backward(output, self._before_backward)
+        before_its_backward(output, self._before_backward)
 
     def refuse_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W in eval mode: its backward fails at W + ε, and should say why."""
-        _before_its_backward(output, self._clean_graph_in_backward)
+        before_its_backward(output, self._clean_graph_in_backward)
 
     def _clean_graph_in_backward(self, grad: Tensor) -> None:
         weights = self.weights
@@ -127,127 +122,31 @@ class Doors:
         if self.weights is not None and self.weights.state == SUSPENDED:
             self.weights.resume()
 
-    def enclosing_forward(self) -> "bool | None":
-        """Whether the innermost root's forward under way trains; None outside of any.
-
-        Read off the stack: marks set by one hook and taken off by another would survive an interrupt. Gradients that are
-        off because an ``autograd.Function`` runs (reentrant checkpointing) are off for the trainer's own purposes.
-        """
-        frame, within_function = sys._getframe(2), False
-        explicit = not torch.is_grad_enabled()
-        while frame is not None:
-            code = frame.f_code
-            if code is _CALL:
-                root = frame.f_locals.get("self")
-                if isinstance(root, nn.Module) and root in self.trains:
-                    return self.trains[root] and (within_function or not explicit)
-            elif not within_function:
-                within_function = _is_function_forward(frame)
-            frame = frame.f_back  # type: ignore[assignment]
-        return None
-
-    # --- modules that are not ours but hold our memory --------------------------------------------------------------
-
-    def find_strangers(self) -> None:
-        """Hook every module of the process that shares the weights' memory (a teacher, a tied head): it reads W too.
-
-        One look, before the first perturbation; those that get such a parameter later tell when they register it. A hook on
-        all modules would cost each forward, and torch.compile would compile anew where it comes or goes.
-        """
-        if self._looked:
-            return
-        self.look_where_they_lie()
-        self._looked = True
-        modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
-        scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        if any(self.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
-            warn_user(
-                "a TorchScript module shares memory with weights that FlatPerturbOptimizer perturbs, and takes no hooks: "
-                "amid a step it would see their noise. Call optimizer.restore() before it runs"
-            )
-        for module in plain:
-            if any(map(self.holds, module.__dict__.get("_parameters", {}).values())):
-                self.listen_to_stranger(module)
-        for module in plain:
-            inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
-            compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
-            whole = compiled or isinstance(inner, torch.fx.GraphModule)
-            if whole and inner not in self._wholes and not self._strangers.isdisjoint(inner.modules()):
-                self._wholes.add(inner)
-                self.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(self), prepend=True))
-
-    def listen_to_stranger(self, module: nn.Module) -> None:
-        if module in self.owners or module in self._strangers:
-            return
-        self._strangers.add(module)
-        self.handles.append(module.register_forward_pre_hook(BeforeStranger(self), prepend=True))
-        self.handles += clean_copies(module, CleanFirst(self))
-
-    def registered(self, module: nn.Module, parameter: Any) -> None:
-        """Somebody gives ``module`` a parameter: if it is one of ours, the module is a reader too."""
-        weights = self.weights
-        if weights is None or not self.holds(parameter) or module in self.owners or module in self._strangers:
-            return
-        if self.enclosing_forward() is not None:
-            return  # the model's own doing, for as long as this forward: PEFT's target_parameters are parametrized in it
-        if not isinstance(module, torch.jit.ScriptModule):
-            self.listen_to_stranger(module)
-        self.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
-        if weights.noisy and not weights.held and threading.get_ident() == weights.thread and not _in_backward():
-            weights.suspend()
+    # --- where the weights lie --------------------------------------------------------------
 
     def look_again(self) -> None:
         """Before W is next perturbed."""
-        self._looked = False
+        self.looked = False
 
     def look_where_they_lie(self) -> None:
         """Take down the memory of the weights; not of raw parameters, which have no forward to listen to."""
         weights = self.weights.weights() if self.weights is not None else []
         mine = [w.owner._parameters.get(w.name) for w in weights if w.adapter is not RAW]
-        self._memory = {_storage(parameter) for parameter in mine if parameter is not None} - {0}
+        self._memory = {storage_of(parameter) for parameter in mine if parameter is not None} - {0}
 
     def holds(self, tensor: Any) -> bool:
         """Whether ``tensor`` shares memory with a weight."""
-        return isinstance(tensor, Tensor) and _storage(tensor) in self._memory
+        return isinstance(tensor, Tensor) and storage_of(tensor) in self._memory
 
     def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
         """The weights and what else shares their memory, each with a module that holds it."""
         mine = [(w.owner, w.parameter) for w in self.weights.weights()] if self.weights is not None else []
-        for module in (*self.owners, *self._strangers):
+        for module in (*self.owners, *self.strangers):
             mine += [(module, p) for p in module._parameters.values() if p is not None and self.holds(p)]
         return list({(id(module), id(p)): (module, p) for module, p in mine}.values())
 
-    # --- gradient caches --------------------------------------------------------------------------------------------
 
-    def first_pass(self, inputs: Any) -> None:
-        """Take down what a root reads without gradients before a step: the first pass of a cache of gradients, maybe."""
-        if len(self._first_pass) < 256:
-            self._clock = _backwards_so_far()
-            self._first_pass.update(
-                (t.untyped_storage().data_ptr(), t.untyped_storage()) for t in _tensors(inputs) if t.numel()
-            )
-
-    def forget_first_pass(self) -> None:
-        """A step came in between: what is read with gradients after it is no second pass."""
-        self._first_pass = {}
-
-    def refuse_second_pass(self, module: nn.Module, inputs: Any) -> None:
-        """Raise if the same was read without gradients before, and a backward ran in between: it used what clean W gave."""
-        if self._first_pass:
-            again = any(t.untyped_storage().data_ptr() in self._first_pass for t in _tensors(inputs) if t.numel())
-            since = _backwards_so_far() - self._clock
-            self._first_pass = {}
-            if again and since > 1:
-                raise RuntimeError(
-                    f"{type(module).__name__} read the same input without gradients, a backward ran on the result, and now "
-                    "it is read with gradients at perturbed weights: a cache of gradients (GradCache), whose two passes "
-                    "must see the same W. Put both passes inside `with optimizer.perturbed():`, or, if the first was meant "
-                    "to be clean, run it in eval mode"
-                )
-
-
-class _Hook:
+class Hook:
     """A hook of :class:`Doors`. Copies of the model get a deaf one, as they are not being trained; pickles load without
     flatopt."""
 
@@ -257,7 +156,7 @@ class _Hook:
     def __call__(self, *args: Any) -> None:
         raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         doors, copy = self.doors, type(self).__new__(type(self))
         copy.doors = None
         weights = doors.weights if doors is not None else None
@@ -294,7 +193,7 @@ class _Correction:
         return torch.Tensor.copy_, (self.parameter, self.parameter.detach().clone())
 
 
-class BeforeRoot(_Hook):
+class BeforeRoot(Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
@@ -302,7 +201,7 @@ class BeforeRoot(_Hook):
             doors is None or doors.weights is None or torch.compiler.is_compiling()
         ):  # the latter: torch.export's fake forward
             return
-        trains = torch.is_grad_enabled() and (module.training or _in_training_module())
+        trains = torch.is_grad_enabled() and (module.training or in_training_module())
         if is_fsdp_module(module):
             self._come_first(module)
         if getattr(module, "_is_replica", False):
@@ -313,37 +212,37 @@ class BeforeRoot(_Hook):
                     "the DataParallel module itself as targets"
                 )
             return
-        if _in_backward():
+        if in_backward():
             doors.recomputed(module)
             return
         doors.trains[module] = trains
         doors.inside.add(module)
         doors.within = True
         if trains:
-            if doors.weights.state == CLEAN:
-                doors.refuse_second_pass(module, (args, kwargs))
+            if doors.weights.state == CLEAN and doors.first_pass.read:
+                doors.first_pass.refuse_second(module, (args, kwargs))
         elif module.training and not doors.weights.held:
             doors.ran_clean.add(module)
             if doors.weights.state == CLEAN:
-                doors.first_pass((args, kwargs))
+                doors.first_pass.note((args, kwargs))
         doors.settle(module, trains)
 
     def _come_first(self, module: nn.Module) -> None:
         """From the next call on before FSDP2's own hook, where that came later: it then gathers what it needs once."""
         hooks = module._forward_pre_hooks
         first = next(iter(hooks.values()))
-        if not isinstance(first, _Hook):
+        if not isinstance(first, Hook):
             hooks.move_to_end(next(n for n, hook in hooks.items() if hook is self), last=False)  # type: ignore[attr-defined]
 
 
-class AfterRoot(_Hook):
+class AfterRoot(Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         doors = self.doors
         if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
         trains = doors.trains.get(module)
-        if _in_backward():
+        if in_backward():
             return
         doors.inside.discard(module)
         doors.within = bool(doors.inside)
@@ -353,7 +252,7 @@ class AfterRoot(_Hook):
             doors.refuse_in_backward(output)
 
 
-class BeforeOwner(_Hook):
+class BeforeOwner(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
         if doors is None or doors.weights is None:
@@ -375,10 +274,10 @@ class BeforeOwner(_Hook):
             return
         if weights.held and weights.noisy and not weights.partly:
             return
-        if _in_backward():
+        if in_backward():
             doors.recomputed(module)
             return
-        trains, around = module.training and torch.is_grad_enabled(), doors.enclosing_forward()
+        trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
         doors.settle(module, trains if around is None else around)
         if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
@@ -396,32 +295,7 @@ def _decide(hook: BeforeOwner, module: nn.Module, doors: Doors) -> None:
     hook.decide(module, doors, compiled=True)
 
 
-class BeforeStranger(_Hook):
-    """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        doors = self.doors
-        if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
-            return
-        if doors.weights.noisy and not doors.weights.held:
-            _read_clean(doors, module)
-
-
-@torch.compiler.disable
-def _read_clean(doors: Doors, module: nn.Module) -> None:
-    if not _in_backward() and not (module.training and _in_autograd_function()):
-        doors.settle(module, False)
-
-
-class BeforeCompiledStranger(BeforeStranger):
-    """The same for a compiled module as a whole, so that its graph need not break where it reads W."""
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        super().__call__(module, args)
-
-
-class CleanFirst(_Hook):
+class CleanFirst(Hook):
     """For who reads or writes W by its state dict."""
 
     @torch.compiler.disable
@@ -447,17 +321,11 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
         doors.handles += clean_copies(owner, clean_first)
     myself = weakref.ref(doors)
 
-    def registered(module: nn.Module, name: str, parameter: Any) -> None:
-        doors = myself()
-        if doors is not None:
-            doors.registered(module, parameter)
-
     def adapted(module: nn.Module, name: str, submodule: Any) -> None:
         doors = myself()
         if doors is not None and submodule is not None and adapter_of(submodule) is not None:
             doors.adapters_changed = True
 
-    doors.handles.append(register_module_parameter_registration_hook(registered))
     doors.handles.append(register_module_module_registration_hook(adapted))
 
 
@@ -467,105 +335,3 @@ def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":
         module.register_state_dict_pre_hook(clean_first),
         module._register_load_state_dict_pre_hook(clean_first),
     ]
-
-
-def _in_training_module() -> bool:
-    """Whether the root that is called is part of a module in train mode whose forward runs (a VLM's tower in eval mode)."""
-    return any(module.training for module in _running_modules())
-
-
-def _running_modules() -> "Iterable[nn.Module]":
-    """The modules whose forward, or a hook of it, runs now; the innermost first, read off the stack."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module):
-                yield module
-        frame = frame.f_back
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _in_autograd_function() -> bool:
-    """Whether the forward of an ``autograd.Function`` runs (reentrant checkpointing), in which gradients are off."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if _is_function_forward(frame):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _is_function_forward(frame: Any) -> bool:
-    code = frame.f_code
-    if code.co_name != "forward" or not code.co_argcount:
-        return False
-    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch._C._FunctionBase)
-
-
-def _refuse_transforms(module: nn.Module) -> None:
-    """Raise where W cannot be moved now: what is written would become part of what is traced or differentiated."""
-    functorch = torch._C._functorch
-    levels = functorch.get_interpreter_stack() or []
-    if torch._C._get_tracing_state() is not None:
-        within = "torch.jit.trace"
-    elif any(level.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for level in levels):
-        within = "torch.func.grad (or vjp, jvp, ...)"
-    else:
-        return
-    raise RuntimeError(
-        f"the base weights would have to move at a forward of {type(module).__name__} that runs inside {within}, where they "
-        "cannot be written to. Before it, call optimizer.perturb() to train, or optimizer.restore() to read clean weights"
-    )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _backwards_so_far() -> int:
-    """A number that grows by one with every backward, this small one included."""
-    seen: list[int] = []
-    with torch.enable_grad():
-        leaf = torch.ones((), device="cpu", requires_grad=True)
-        double = leaf * 2
-        double.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
-        torch.autograd.grad(double, leaf)
-    return seen[0]
-
-
-def _storage(tensor: Tensor) -> int:
-    if type(tensor).__name__ == "FakeTensor":
-        return 0
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (
-        AttributeError,
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-    ):  # the last: not initialised yet, of a lazy module
-        return 0
-
-
-def _before_its_backward(output: Any, call: Callable[[Tensor], None]) -> None:
-    for tensor in _tensors(output):
-        if tensor.requires_grad and not tensor.is_leaf:
-            tensor.register_hook(call)
-
-
-def _tensors(output: Any) -> "Iterable[Tensor]":
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif hasattr(output, "__dataclass_fields__"):
-        for value in vars(output).values():
-            yield from _tensors(value)

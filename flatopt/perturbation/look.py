@@ -1,0 +1,216 @@
+"""One look at a group's weights, once a step."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..adapters.quantized import data_ptr, format_of
+from ..core.checks import check, check_lasting
+from ..core.sharding import first_row, local, local_update
+from ..core.weight import AdaptedWeight, WeightView, in_memory_order
+from ..ops import Plan, plan
+from .forward import ForwardPlan
+
+
+class GroupLook:
+    """What was seen of a group's weights, kept from step to step: what is seen again is not worked out again.
+
+    Between two steps anyone may replace, move, merge or write to a weight, so every step looks; on a small model working it
+    all out anew would take longer than the noise. ``views`` and ``plans`` keep no reference to W between steps.
+    """
+
+    def __init__(self) -> None:
+        self.views: list[WeightView] = []
+        self.plans: list[Plan] = []
+        self.exact = True
+        self.parameters: list[Tensor] = []
+        self.tensors: list[Tensor] = []
+        self._weights: list[AdaptedWeight] = []
+        self._settings: tuple[Any, ...] = ()
+        self._known: list[WeightView] = []  # of every weight, tied ones too
+        self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, version
+        self._quantised: list[bool] = []
+        self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
+        self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
+        self._keys: list[Any] = []  # of each batch's updates
+
+    def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
+        """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
+        settings = (first, noise, restore, list(map(id, weights)))
+        if self._settings != settings:
+            self._settings, self._weights = settings, list(weights)  # amid a step they are these
+            self._seen, self._keys = [], []
+            self._quantised = [False] * len(weights)
+            self._known = [WeightView(weight, first + i) for i, weight in enumerate(weights)]
+            self.plans = []
+        parameters = parameters_of(weights)
+        before = self._seen[0] if self._seen else [0] * len(weights)
+        identities = list(map(id, parameters))
+        if identities != before:
+            for weight, now, then in zip(weights, identities, before):
+                if now != then:
+                    check(weight, in_forward=True)  # before anything is asked of what may be no tensor
+        tensors = [p.detach() if type(p) is nn.Parameter else local(p.detach()) for p in parameters]
+        # in columns: a list a property costs a third of a tuple a weight
+        seen: list[Any] = [
+            identities,
+            [t.data_ptr() for t in tensors],
+            [t.dtype for t in tensors],
+            [t.shape for t in tensors],
+            [t.stride() for t in tensors],
+            [p.requires_grad for p in parameters],
+            [t._version for t in tensors],
+        ]
+        if seen != self._seen:
+            rows: list[Any] = list(zip(*seen))
+            known: list[Any] = list(zip(*self._seen)) or [()] * len(weights)
+            for i, (row, before) in enumerate(zip(rows, known)):
+                if row != before:
+                    if before and row[0] == before[0]:
+                        check(weights[i], in_forward=True)
+                    self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
+                    self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
+            self._seen, self._keys, self.plans = seen, [], []
+        self.parameters, self.tensors = parameters, tensors
+        for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
+            view.parameter, view.tensor = parameter, None if quantised else tensor
+        memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
+        views = []
+        for view, there in zip(self._known, memory):
+            if there not in taken:
+                taken.add(there)
+                views.append(view)
+        if views != self.views:
+            self._by_adapter(views)
+        self._look_at_updates()
+        if not self.plans:
+            self._plan(noise, restore)
+
+    def _by_adapter(self, views: "list[WeightView]") -> None:
+        self.views, self._keys, self.plans = views, [], []
+        batches: dict[int, list[WeightView]] = {}
+        for view in views:
+            batches.setdefault(id(view.weight.adapter), []).append(view)
+        self._batches = [(batch[0].weight.adapter, batch, [v.weight for v in batch]) for batch in batches.values()]
+
+    def _plan(self, noise: str, restore: str) -> None:
+        self.exact = restore != "subtract"
+        inside = [view for view in self.views if restore == "forward" or view.tensor is None]
+        in_place = [view for view in self.views if restore != "forward" and view.tensor is not None]
+        if noise == "isotropic" and inside and in_place:
+            raise ValueError(
+                f"noise='isotropic' has one scale for a whole group, but {inside[0].weight.path} is quantised and others "
+                "are not. Put them into groups of their own, or use restore='forward' for all"
+            )
+        kept = [view for view in in_place if not view.weight.rebuilt]
+        rebuilt = [view for view in in_place if view.weight.rebuilt]
+        self.plans = [p for some, how in ((kept, restore), (rebuilt, "copy")) if some for p in plan(some, noise, how)]
+        self.plans += [ForwardPlan(inside, noise)] if inside else []
+
+    def _look_at_updates(self) -> None:
+        """Ask for the updates that are not the same tensors as before."""
+        self._keys = self._keys or [None] * len(self._batches)
+        for number, (adapter, views, weights) in enumerate(self._batches):
+            keys, known = adapter.update_key(weights), self._keys[number]
+            if keys is None or keys != known:
+                old = [None] * len(views) if keys is None or known is None else known
+                news = [view for view, now, then in zip(views, keys or old, old) if then is None or now != then]
+                self._ask(adapter, news)
+                self._keys[number] = keys
+
+    def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
+        for view in views:
+            if adapter.is_merged(view.weight.layer):
+                check(view.weight, in_forward=True)
+        for view, update in zip(views, adapter.updates([view.weight for view in views])):
+            assert view.parameter is not None
+            mine = local_update(update, view.parameter)
+            view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
+
+    def note_versions(self) -> None:
+        """What flatopt itself wrote is no change."""
+        if self.tensors:
+            self._seen[-1] = [tensor._version for tensor in self.tensors]
+
+    def written_to(self) -> "list[WeightView]":
+        if not self.tensors or [tensor._version for tensor in self.tensors] == self._seen[-1]:
+            return []
+        moved = {id(view) for view, t, version in zip(self._known, self.tensors, self._seen[-1]) if t._version != version}
+        return [view for view in self.views if id(view) in moved and not view.weight.version_moves]
+
+    def replaced(self) -> "list[WeightView]":
+        """Weights in whose place something else stands: another parameter, or other values as its data.
+
+        None where each forward makes them anew. What only lies in other memory (``model.to``) is noted, see :meth:`moved`.
+        """
+        if not self.tensors:
+            return []
+        parameters = standing(self._weights)
+        if all(map(operator.is_, parameters, self.parameters)) and [p.data_ptr() for p in self.parameters] == self._seen[1]:
+            return []
+        gone = set()
+        for view, here, there in zip(self._known, parameters, self.parameters):
+            if view.tensor is None:
+                continue
+            now = None if here is None else local(here.detach())
+            if now is not None and now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
+                # asked before the first bit goes back, and not again where that has to be tried twice
+                self._moved[id(view)] = view.weight.rebuilt or (here is there and _same_values(view.tensor, now))
+            if not self._moved.get(id(view), here is there or view.weight.rebuilt):
+                gone.add(id(view))
+        return [view for view in self.views if id(view) in gone]
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether ``restore="copy"``: then a weight that was written to comes back too."""
+        return self._settings[2:3] == ("copy",)
+
+    def moved(self) -> bool:
+        """Whether any weight lies in other memory since, those apart that each forward makes anew."""
+        return any(self._moved.get(id(view)) and not view.weight.rebuilt for view in self._known)
+
+    def follow(self) -> None:
+        """What lies in the memory that was left belongs where the weight is now."""
+        if self._moved:
+            for view, parameter in zip(self._known, standing(self._weights)):
+                if parameter is not None and view.tensor is not None and self._moved.get(id(view)):
+                    now = local(parameter.detach())
+                    if now.shape == view.tensor.shape:
+                        now.copy_(view.tensor)
+            self._moved = {}
+
+    def release(self) -> None:
+        for each in self.plans:
+            each.release()
+        self.parameters, self.tensors, self._moved = [], [], {}
+        for view in self._known:
+            view.parameter = view.tensor = view.rows = None
+
+
+def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
+    # a plain lookup for all, as properties cost as much as the rest
+    found = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for weight, parameter in zip(weights, found):
+        if parameter is None:
+            check_lasting(weight)  # a parametrization has taken its place, maybe
+    return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
+
+
+def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":
+    """What stands in the weights' places, found without running anybody's code: a parametrization would compute."""
+    found: list[Tensor | None] = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for i, weight in enumerate(weights):
+        if found[i] is None:
+            own = weight.owner.__dict__
+            found[i] = own.get(weight.name, own["_buffers"].get(weight.name))
+    return found
+
+
+def _same_values(mine: Tensor, other: Tensor) -> bool:
+    """Whether ``other`` is ``mine`` after a ``model.to(...)``."""
+    if other.device.type == "meta":
+        return True  # all values are gone, and were meant to
+    return mine.shape == other.shape and torch.allclose(mine.to(other), other, rtol=0, atol=0, equal_nan=True)

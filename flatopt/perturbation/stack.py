@@ -1,0 +1,98 @@
+"""What runs now, read off the stack and torch: marks that one hook sets and another takes off would survive an interrupt."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+
+
+def enclosing_forward(roots: "Mapping[nn.Module, bool]") -> "bool | None":
+    """Whether the innermost forward of ``roots`` under way trains, as they say; None outside of any.
+
+    Gradients that are off because an ``autograd.Function`` runs (reentrant checkpointing) are off for the trainer's own
+    purposes.
+    """
+    frame: Any = sys._getframe(1)
+    within_function, explicit = False, not torch.is_grad_enabled()
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            root = frame.f_locals.get("self")
+            if isinstance(root, nn.Module) and root in roots:
+                return roots[root] and (within_function or not explicit)
+        elif not within_function:
+            within_function = _is_function_forward(frame)
+        frame = frame.f_back
+    return None
+
+
+def in_training_module() -> bool:
+    """Whether the root that is called is part of a module in train mode whose forward runs (a VLM's tower in eval mode)."""
+    return any(module.training for module in running_modules())
+
+
+def running_modules() -> "Iterable[nn.Module]":
+    """The modules whose forward, or a hook of it, runs now; the innermost first, read off the stack."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield module
+        frame = frame.f_back
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def in_autograd_function() -> bool:
+    """Whether the forward of an ``autograd.Function`` runs (reentrant checkpointing), in which gradients are off."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if _is_function_forward(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_function_forward(frame: Any) -> bool:
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return False
+    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch._C._FunctionBase)
+
+
+def refuse_transforms(module: nn.Module) -> None:
+    """Raise where W cannot be moved now: what is written would become part of what is traced or differentiated."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or []
+    if torch._C._get_tracing_state() is not None:
+        within = "torch.jit.trace"
+    elif any(level.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for level in levels):
+        within = "torch.func.grad (or vjp, jvp, ...)"
+    else:
+        return
+    raise RuntimeError(
+        f"the base weights would have to move at a forward of {type(module).__name__} that runs inside {within}, where they "
+        "cannot be written to. Before it, call optimizer.perturb() to train, or optimizer.restore() to read clean weights"
+    )
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def backwards_so_far() -> int:
+    """A number that grows by one with every backward, this small one included."""
+    seen: list[int] = []
+    with torch.enable_grad():
+        leaf = torch.ones((), device="cpu", requires_grad=True)
+        double = leaf * 2
+        double.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
+        torch.autograd.grad(double, leaf)
+    return seen[0]

@@ -1,0 +1,101 @@
+"""Modules that are no part of the targets but share their weights' memory (a teacher, a tied head): they read W clean."""
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..core.warn import warn_user
+from .hooks import CleanFirst, Doors, Hook, clean_copies
+from .stack import enclosing_forward, in_autograd_function, in_backward
+
+
+def listen_for_strangers(doors: Doors) -> None:
+    """Notice each module that is given a parameter in the weights' memory from now on."""
+    myself = weakref.ref(doors)
+
+    def registered(module: nn.Module, name: str, parameter: Any) -> None:
+        doors = myself()
+        if doors is not None:
+            _registered(doors, module, parameter)
+
+    doors.handles.append(register_module_parameter_registration_hook(registered))
+
+
+def find_strangers(doors: Doors) -> None:
+    """Hook every module of the process that shares the weights' memory (a teacher, a tied head): it reads W too.
+
+    One look, before the first perturbation; those that get such a parameter later tell when they register it. A hook on
+    all modules would cost each forward, and torch.compile would compile anew where it comes or goes.
+    """
+    doors.look_where_they_lie()
+    doors.looked = True
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+    plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    if any(doors.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
+        warn_user(
+            "a TorchScript module shares memory with weights that FlatPerturbOptimizer perturbs, and takes no hooks: "
+            "amid a step it would see their noise. Call optimizer.restore() before it runs"
+        )
+    for module in plain:
+        if any(map(doors.holds, module.__dict__.get("_parameters", {}).values())):
+            listen_to_stranger(doors, module)
+    for module in plain:
+        inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
+        compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
+        whole = compiled or isinstance(inner, torch.fx.GraphModule)
+        if whole and inner not in doors.wholes and not doors.strangers.isdisjoint(inner.modules()):
+            doors.wholes.add(inner)
+            doors.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(doors), prepend=True))
+
+
+def listen_to_stranger(doors: Doors, module: nn.Module) -> None:
+    if module in doors.owners or module in doors.strangers:
+        return
+    doors.strangers.add(module)
+    doors.handles.append(module.register_forward_pre_hook(BeforeStranger(doors), prepend=True))
+    doors.handles += clean_copies(module, CleanFirst(doors))
+
+
+def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
+    """Somebody gives ``module`` a parameter: if it is one of ours, the module is a reader too."""
+    weights = doors.weights
+    if weights is None or not doors.holds(parameter) or module in doors.owners or module in doors.strangers:
+        return
+    if enclosing_forward(doors.trains) is not None:
+        return  # the model's own doing, for as long as this forward: PEFT's target_parameters are parametrized in it
+    if not isinstance(module, torch.jit.ScriptModule):
+        listen_to_stranger(doors, module)
+    doors.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
+    if weights.noisy and not weights.held and threading.get_ident() == weights.thread and not in_backward():
+        weights.suspend()
+
+
+class BeforeStranger(Hook):
+    """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        doors = self.doors
+        if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
+            return
+        if doors.weights.noisy and not doors.weights.held:
+            _read_clean(doors, module)
+
+
+@torch.compiler.disable
+def _read_clean(doors: Doors, module: nn.Module) -> None:
+    if not in_backward() and not (module.training and in_autograd_function()):
+        doors.settle(module, False)
+
+
+class BeforeCompiledStranger(BeforeStranger):
+    """The same for a compiled module as a whole, so that its graph need not break where it reads W."""
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        super().__call__(module, args)

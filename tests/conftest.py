@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from helpers import frozen, lora_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +19,14 @@ def _ctrl_c_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def model():
+    return lora_mlp()
+
+
+@pytest.fixture
+def before(model):
+    """The frozen weights as they were."""
+    return frozen(model)

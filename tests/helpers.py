@@ -1,5 +1,6 @@
 """Shared by the tests: a tiny network with LoRA, and weights as bits."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +47,13 @@ def changed(model, before):
 def batch(rows=8, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 16, generator=g).to(dtype), torch.randint(5, (rows,), generator=g)
+
+
+def skip_unless_traced_whole(model):
+    """torch 2.4 does not trace into the context manager in PEFT's forward."""
+    try:
+        torch.compile(model, backend="eager", fullgraph=True)(batch()[0])
+    except torch._dynamo.exc.Unsupported as reason:
+        pytest.skip(f"torch {torch.__version__} breaks the graph without flatopt too: {reason}")
+    finally:
+        torch._dynamo.reset()

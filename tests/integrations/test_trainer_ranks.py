@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from helpers import bits
-from ranks import USABLE, on_ranks
+from ranks import USABLE, shared_by_all_tests
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -190,17 +190,7 @@ def work(rank):
     return {**results, "tensor parallel": tensor_parallel(rank)}
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
-    """``on_two_ranks(name)``: what the run gave on each rank. Starting processes is slow: all runs share two."""
-    results = on_ranks(tmp_path_factory.mktemp("ranks"), work)
-
-    def of(name):
-        if name not in results[0]:
-            pytest.skip("needs deepspeed")
-        return [each[name] for each in results]
-
-    return of
+on_two_ranks = shared_by_all_tests(work, "needs deepspeed")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -165,7 +165,8 @@ def test_noise_is_the_references_and_restoring_is_exact(kernels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["copy", "subtract"])
 def test_plainly_added_noise_is_the_references(kernels, dtype, mode):
-    modules = [LowRank(make(dtype), r).to(DEVICE) for make, r in LAYOUTS.values()]
+    layouts = LAYOUTS if DEVICE == "cuda" else ("odd", "transposed", "unaligned", "conv")  # the interpreter is slow
+    modules = [LowRank(make(dtype), r).to(DEVICE) for make, r in map(LAYOUTS.get, layouts)]
     modules.append(LowRank(strange(20, 64, dtype), 4))
     clean = [module.weight.detach().clone(memory_format=torch.preserve_format) for module in modules]
     optimizer = optimizer_for(*modules, restore=mode)
@@ -276,7 +277,7 @@ def test_noise_does_not_depend_on_the_launch(monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize("columns", [1 << 17 if DEVICE == "cuda" else 3 << 14, 40_001])
+@pytest.mark.parametrize("columns", [1 << 17, 40_001] if DEVICE == "cuda" else [40_001])  # the interpreter is slow
 def test_rows_that_several_programs_share(kernels, columns):
     module = LowRank(gaussian(2, columns, dtype=torch.bfloat16), 2)
     clean = module.weight.detach().clone()
@@ -333,9 +334,13 @@ CHANGES = {
 }
 
 
+def of_interest(change, dora):
+    """In the interpreter, which is slow: of DoRA, what its table has to follow."""
+    return DEVICE == "cuda" or not dora or change in ("nothing", "an optimizer's step", "another adapter", "W written")
+
+
 @runs
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "dora"), [(c, d) for c in CHANGES for d in (False, True) if of_interest(c, d)])
 def test_the_table_is_kept_while_the_model_stays_and_follows_it_when_it_changes(kernels, change, dora):
     model = lora_mlp(use_dora=dora)
     model.add_adapter("other", model.peft_config["default"])

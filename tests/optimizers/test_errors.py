@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import Mlp, batch, bits, changed, frozen, trainable
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -21,11 +21,6 @@ def wrap(targets, **options):
 def raises(*parts, error=ValueError):
     """Expect ``error`` with all of ``parts`` in its message, in that order."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
-
-
-@pytest.fixture
-def model():
-    return lora_mlp()
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from helpers import batch, changed, frozen, lora_mlp, trainable
+from helpers import batch, changed, lora_mlp, trainable
 
 from flatopt import FlatPerturbOptimizer
-
-
-@pytest.fixture
-def model():
-    return lora_mlp()
-
-
-@pytest.fixture
-def before(model):
-    return frozen(model)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from helpers import batch, changed, frozen, lora_mlp, trainable
+from helpers import batch, changed, frozen, lora_mlp, skip_unless_traced_whole, trainable
 
 from flatopt import FlatPerturbOptimizer
 
@@ -92,6 +92,7 @@ class Towers(nn.Module):
 
 def test_an_eval_mode_part_of_a_compiled_training_model_breaks_no_graph(backend):
     model = Towers()
+    skip_unless_traced_whole(model)
     model.still.eval()
     before, run = frozen(model), torch.compile(model, backend=backend, fullgraph=True)
     optimizer = wrap(model)

@@ -29,11 +29,6 @@ def teacher_of(model):
 
 
 @pytest.fixture
-def model():
-    return lora_mlp()
-
-
-@pytest.fixture
 def count():
     """Counts what torch.compile compiles."""
     torch._dynamo.reset()

@@ -12,16 +12,6 @@ from helpers import batch, changed, frozen, lora_mlp, trainable
 from flatopt import FlatPerturbOptimizer
 
 
-@pytest.fixture
-def model():
-    return lora_mlp()
-
-
-@pytest.fixture
-def before(model):
-    return frozen(model)
-
-
 def amid_a_step(model, **settings):
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     optimizer = FlatPerturbOptimizer(optimizer, model, **{"sigma": 0.3, "schedule": "constant", **settings})

@@ -36,16 +36,6 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture
-def model():
-    return lora_mlp()
-
-
-@pytest.fixture
-def before(model):
-    return frozen(model)
-
-
 @pytest.mark.parametrize("restore", MODES)
 def test_one_draw_a_step_for_all_micro_batches(model, before, restore):
     optimizer = wrap(model, restore=restore)

@@ -1,10 +1,17 @@
 """Every test starts with one thread and the same seed. What tests share is in ``helpers.py``."""
 
+import gc
 import signal
 
 import pytest
 import torch
 from helpers import frozen, lora_mlp
+
+
+def pytest_collection_finish():
+    """What imports left is looked through no more: by the collector, and for modules that share memory with a weight."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -46,12 +46,12 @@ def test_imagenet_weights_by_default_in_processes_of_their_own(tmp_path):
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("seeds", ["1", "2"])
-def test_the_vit(here, seeds):
+def test_the_vit_of_one_seed_which_has_no_interval(here):
     pytest.importorskip("sklearn")
-    printed = here("--model", "vit-digits", "--tiny", "--seeds", seeds, "--device", "cpu")
-    assert f"vit-digits, {seeds} paired seeds" in printed
-    assert ("(one seed)" in printed, "±" in printed) == ((True, False) if seeds == "1" else (False, True))
+    printed = here("--model", "vit-digits", "--tiny", "--seeds", "1", "--device", "cpu")
+    assert "vit-digits, 1 paired seeds" in printed
+    assert "(one seed)" in printed
+    assert "±" not in printed
     assert Path("finetune_vit.png").read_bytes().startswith(b"\x89PNG")
 
 

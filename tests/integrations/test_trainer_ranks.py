@@ -24,10 +24,11 @@ STEPS, ACCUMULATION, SIGMA = 4, 2, 0.1
 KINDS = ["ddp", "fsdp2", "zero1", "zero2"]
 
 
-def arguments(kind, folder):
+def arguments(kind, folder, saves):
     options = {"use_cpu": True, "ddp_backend": "gloo", "ddp_find_unused_parameters": False, "max_steps": STEPS, "seed": 5}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": ACCUMULATION, "learning_rate": 1e-2}
-    options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps" if saves else "no", "save_steps": 2}
+    options |= {"report_to": [], "disable_tqdm": True}
     if kind.startswith("fsdp"):
         config = {"version": int(kind[-1]), "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options |= {"fsdp": True, "fsdp_config": {**config, "sync_module_states": False}}  # true asks for a GPU
@@ -47,9 +48,9 @@ def fresh_state():
         del os.environ[name]
 
 
-def trainer(kind, model, callbacks, folder="out"):
+def trainer(kind, model, callbacks, folder="out", saves=False):
     fresh_state()
-    args = arguments(kind, folder)
+    args = arguments(kind, folder, saves)
     if kind.startswith("fsdp"):
         # accelerate goes over to DDP on CPUs without a word; it only looks at this name of the kind of device
         state = accelerate.PartialState()
@@ -105,6 +106,16 @@ def run(kind, sigma, reads=False):
         "clean": before[f"{watch.name}.base_layer.weight"],
         "counts": record.counts,
     }
+
+
+def resumed(kind):
+    """The adapter after a run that saved at its middle, and after another that began there."""
+    found = []
+    for checkpoint in (None, f"{kind}/checkpoint-2"):
+        made = trainer(kind, lora_llama(lora_dropout=0.0), [FlatPerturbCallback(SIGMA)], folder=kind, saves=True)
+        made.train(resume_from_checkpoint=checkpoint)
+        found.append({n: whole(p) for n, p in made.model.named_parameters() if p.requires_grad})
+    return found
 
 
 def prepared(wrapped):
@@ -185,6 +196,7 @@ RUNS = {"flat": (SIGMA,), "read amid a step": (SIGMA, True), "sigma 0": (0.0,), 
 def work(rank):
     kinds = [kind for kind in KINDS if DEEPSPEED or not kind.startswith("zero")]
     results = {f"{kind}, {name}": run(kind, *how) for kind in kinds for name, how in RUNS.items()}
+    results |= {f"{kind}, resumed": resumed(kind) for kind in kinds}
     results |= {kind: refused(kind) for kind in ("fsdp1", "zero3") if DEEPSPEED or kind != "zero3"}
     results |= {f"accelerate, wrapped {when}": prepared(when) for when in ("before", "after")}
     return {**results, "tensor parallel": tensor_parallel(rank)}
@@ -225,6 +237,10 @@ class TestEachKind:
             assert all(seen)
             assert read["changed"] == []
             assert differing(read["adapter"], flat["adapter"]) == []
+
+    def test_a_resumed_run_goes_on_bit_for_bit(self, on_two_ranks, kind):
+        for whole_run, resumed_run in on_two_ranks(f"{kind}, resumed"):
+            assert differing(whole_run, resumed_run) == []
 
 
 def test_accelerates_fsdp2_wrapped_before_or_after_prepare(on_two_ranks):

@@ -82,12 +82,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="out/finetune_qlora")
     parser.add_argument(
-        "--tiny", action="store_true", help="one step on three problems: shows that it runs, and nothing else"
+        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
     )
     args = parser.parse_args()
     train_size, test_size = 300, 100
     if args.tiny:
-        train_size, test_size, args.steps, args.batch = 1, 1, 1, 1
+        train_size, test_size, args.steps, args.batch = 2, 1, 2, 1
 
     with tempfile.TemporaryDirectory() as unpacked:
         if args.model is None:  # a GGUF is packed already: unpack it, so that bitsandbytes can pack it its own way

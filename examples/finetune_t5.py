@@ -107,14 +107,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="out/finetune_t5")
     parser.add_argument(
-        "--tiny", action="store_true", help="offline, one seed, an epoch: shows that it runs, and nothing else"
+        "--tiny", action="store_true", help="offline, one seed, two epochs: shows that it runs, and nothing else"
     )
     args = parser.parse_args()
     offline = args.task is None
     args.sigma = args.sigma if args.sigma is not None else OFFLINE["sigma"] if offline else 0.05
     args.lr = args.lr if args.lr is not None else OFFLINE["lr"] if offline else 5e-4
     args.seeds = 1 if args.tiny else args.seeds
-    epochs = 1 if args.tiny else OFFLINE["epochs"] if offline else GLUE[args.task]
+    epochs = 2 if args.tiny else OFFLINE["epochs"] if offline else GLUE[args.task]
 
     runs = []
     for seed in range(args.seeds):

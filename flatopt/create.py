@@ -36,12 +36,18 @@ def create_flat_optimizer(
         kwargs: passed on to ``optimizer_cls`` (``weight_decay``, ``betas``, ...).
 
     Raises:
+        TypeError: if ``optimizer_cls`` is a name or an optimizer.
         ValueError: if ``model`` has no trainable parameter, and whatever :class:`FlatPerturbOptimizer` refuses.
 
     Example::
 
         optimizer = create_flat_optimizer(model, torch.optim.AdamW, lr=5e-4, sigma=0.05, total_steps=1000, weight_decay=0.01)
     """
+    if isinstance(optimizer_cls, (str, Optimizer)):
+        raise TypeError(
+            f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r:.80}. Around an optimizer that "
+            "is there already, put FlatPerturbOptimizer"
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(

@@ -41,6 +41,8 @@ def test_a_model_with_nothing_to_train_or_to_perturb_is_refused():
         create_flat_optimizer(closed, torch.optim.AdamW, lr=1e-2, total_steps=4)
     with pytest.raises(ValueError, match="no low-rank module"):
         create_flat_optimizer(Mlp(), torch.optim.AdamW, lr=1e-2, total_steps=4)
+    with pytest.raises(TypeError, match=r"must be a class, such as torch\.optim\.AdamW, got 'adamw'"):
+        create_flat_optimizer(model(), "adamw", lr=1e-2, total_steps=4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lookahead_adamw"])

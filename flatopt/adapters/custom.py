@@ -153,7 +153,11 @@ def _as_update(delta: Delta, weight: Tensor, layout: str) -> WeightUpdate:
             A = A.flatten(1)
             fits = B.shape == (shape[0], A.shape[0]) and A.shape[1] == shape[1]
         except (TypeError, ValueError, AttributeError, IndexError):
-            raise ValueError("delta must be a tensor shaped like the base weight, or factors (B, A, scaling)") from None
+            parts = term if isinstance(term, (list, tuple)) else [term]
+            raise ValueError(
+                "delta must be a tensor shaped like the base weight, or factors (B, A, scaling), got "
+                f"({', '.join(type(part).__name__ for part in parts)}); of layers (nn.Linear) give the .weight"
+            ) from None
         if not fits:
             raise ValueError(
                 f"factors B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to the base weight {tuple(weight.shape)}"

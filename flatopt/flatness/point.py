@@ -109,7 +109,8 @@ class Point:
     def _batch_loss(self, batch: Any, differentiable: bool = False) -> Tensor:
         loss = self._loss_fn(self._model, batch)
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
-            raise TypeError(f"loss_fn(model, batch) must return the batch's mean loss as a scalar tensor, got {loss!r:.80}")
+            got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.80}"
+            raise TypeError(f"loss_fn(model, batch) must return the batch's mean loss as a scalar tensor, got {got}")
         if differentiable and not loss.requires_grad:
             raise ValueError("loss_fn(model, batch) returned a loss without a graph: it must not detach, nor use no_grad")
         return loss.reshape(())

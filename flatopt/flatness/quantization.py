@@ -73,6 +73,8 @@ def quantization_test(
         found = quantization_test(model, lambda m, b: cross_entropy(m(b[0]), b[1]), batches, formats=("int4/64", "nf4/64"))
         found.rounded["nf4/64"].loss - found.full.loss
     """
+    if isinstance(formats, str):
+        formats = (formats,)
     roundings = dict(formats) if isinstance(formats, Mapping) else {name: rounding(name) for name in formats}
     accuracies: list[float] = []
 

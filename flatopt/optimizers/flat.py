@@ -122,6 +122,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
         for group in self.perturb_groups:
             check_group(group)
+            if group["sigma"] > 1:
+                warn_user(
+                    f"sigma={group['sigma']:g} is noise larger than the weights themselves: sigma is a share of their rms, "
+                    ".05 for a large model, .5 for a tiny one"
+                )
             for weight in group["targets"]:
                 check_lasting(weight)
                 check(weight, in_forward=True)
@@ -177,7 +182,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"{weight.path} was perturbed by an older FlatPerturbOptimizer that is still referenced"
                 f"{' (amid a step: its weights are restored)' if state == PERTURBED else ''}; the new one takes over and "
                 "the old one perturbs no more. Call detach() on an optimizer that is done with, or use it as a context "
-                "manager",
+                "manager; give a trainer one FlatPerturbCallback",
             )
 
     def detach(self) -> None:
@@ -255,6 +260,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._doors.adapters_changed = False
             self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
+        if self._total_steps == 1 and not any(sigmas) and any(group["sigma"] for group in self.perturb_groups):
+            self._warn_once(
+                "one step",
+                "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
+            )
         self._weights.reshard()  # gathered weights do not tell which ranks share one
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
         try:
@@ -322,12 +332,15 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         def evaluate() -> Any:
             self.perturb()
+            self._doors.trained = False
             try:
                 with torch.enable_grad():
                     loss = closure()
             except BaseException:
                 self.restore()
                 raise
+            if self._weights.state == SUSPENDED and not self._doors.trained:
+                self._warn_unseen()
             # not restored: the adapter moves between evaluations, the noise must not
             self._weights.suspend()
             return loss
@@ -395,7 +408,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_load(self, optimizer: Optimizer) -> None:
         self.restore()
+        made_with = self._seed
         self._adopt(optimizer.param_groups)
+        if self._seed != made_with:
+            self._warn_once(
+                "seed",
+                f"the state that was loaded goes on with its seed, {self._seed}; this optimizer was made with "
+                f"seed={made_with}. To draw other noise from here on, set optimizer.seed after loading",
+            )
         self._mirror()
         self._drawn = False
 
@@ -405,7 +425,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: "dict[str, Any]") -> None:
-        """Load into the wrapped optimizer and go on with the saved noise and schedule.
+        """Load into the wrapped optimizer and go on from the saved step with the saved seed.
+
+        Sigma, schedule and ``total_steps`` are this object's own, and are not saved.
 
         A state dict of the bare optimizer loads too; seed and step then stay as they are.
         """
@@ -431,11 +453,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         return {name: self.__dict__[name] for name in names}
 
     def __repr__(self) -> str:
-        lines = [
-            f"  {len(g['targets'])} weights: sigma={g['sigma']}, schedule={g['schedule']}, noise={g['noise']}, "
-            f"restore={g['restore']}"
-            for g in self.perturb_groups
-        ]
+        lines = []
+        for group in self.perturb_groups:
+            quantised = sum(format_of(weight.owner, weight.name) is not None for weight in group["targets"])
+            lines.append(
+                f"  {len(group['targets'])} weights: sigma={group['sigma']}, schedule={group['schedule']}, "
+                f"noise={group['noise']}, restore={group['restore']}"
+                + (f" ({quantised} quantised: forward)" if quantised and group["restore"] != "forward" else "")
+            )
         return "\n".join(["FlatPerturbOptimizer (", *lines, f"  {self.optimizer!r}", ")"])
 
     # --- what is said once ------------------------------------------------------------------------------------------
@@ -450,6 +475,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         another_part = self._parts and _first_parameter(optimizer) not in self._parts  # ZeRO steps group by group
         if self._drawn or lr_0 or another_part:
             return
+        self._warn_unseen()
+
+    def _warn_unseen(self) -> None:
         self._warn_once(
             "unseen",
             "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
@@ -483,11 +511,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             )
 
     def _why_detached(self) -> str:
-        taken_over = self._weights.taken_over
-        by = f", since a newer FlatPerturbOptimizer perturbs {taken_over} too and took over" if taken_over else ""
+        if not self._weights.taken_over:
+            return "this FlatPerturbOptimizer is detached: detach() was called. Make a new one around optimizer.optimizer"
         return (
-            f"this FlatPerturbOptimizer is detached{by}: one weight can have one at a time. Step the newer one, or make a "
-            "new one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
+            "this FlatPerturbOptimizer is detached, since a newer FlatPerturbOptimizer perturbs "
+            f"{self._weights.taken_over} too and took over: one weight can have one at a time. Step the newer one, or make a new one around "
+            "optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
         )
 
     def _tell_no_hooks(self) -> None:

@@ -41,6 +41,7 @@ class Doors:
         self._memory: set[int] = set()
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
         self.within = False  # whether there are any: torch.compile keeps code for each value
+        self.trained = False  # whether a training forward began since this was last set
         self.adapters_changed = False  # maybe: somebody called a method that can
 
     # --- what a forward wants ---------------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ class BeforeRoot(Hook):
         doors.inside.add(module)
         doors.within = True
         if trains:
+            doors.trained = True
             if doors.weights.state == CLEAN and doors.first_pass.read:
                 doors.first_pass.refuse_second(module, (args, kwargs))
         elif module.training and not doors.weights.held:
@@ -279,6 +281,7 @@ class BeforeOwner(Hook):
             return
         trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
         doors.settle(module, trains if around is None else around)
+        doors.trained = doors.trained or (doors.weights is not None and doors.weights.noisy)
         if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []

@@ -416,3 +416,68 @@ def test_a_private_method_of_the_wrapped_class_names_the_way(model):
     assert optimizer.optimizer._get_lr() == 0.1
     with pytest.raises(AttributeError, match="object has no attribute 'nonsense'"):
         _ = optimizer.nonsense
+
+
+# --- steps without noise are told -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["the wrapper", "the wrapped"])
+def test_a_closure_that_runs_the_model_in_eval_mode_is_told(model, before, bare, by):
+    optimizer = wrap(bare, model.eval())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward()
+        return loss
+
+    stepped = optimizer if by == "the wrapper" else optimizer.innermost
+    told = said(lambda: stepped.step(closure))
+    assert len(told) == 1
+    assert "saw no training forward" in told[0]
+    assert not changed(model, before)
+
+
+def test_a_closure_that_trains_and_then_evaluates_is_not(model, before, bare):
+    optimizer = wrap(bare, model)
+
+    def closure():
+        backward(model)
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model.eval()(batch()[0]), batch()[1])
+
+    assert said(lambda: (model.train(), optimizer.step(closure))) == []
+    assert not changed(model, before)
+
+
+def test_a_schedule_of_one_step_that_begins_at_0_is_told(model, bare):
+    optimizer = wrap(bare, model, schedule="cosine", total_steps=1)
+    told = said(lambda: backward(model))
+    assert len(told) == 1
+    assert "the only step has no noise" in told[0]
+    optimizer.detach()
+    wrap(bare, model, schedule="constant", total_steps=1)
+    assert said(lambda: backward(model)) == []
+
+
+def test_a_loaded_seed_that_is_another_is_told(model, bare):
+    saved = wrap(bare, model, seed=3).state_dict()
+    optimizer = wrap(torch.optim.SGD(trainable(lora_mlp()), lr=0.01), lora_mlp(), seed=7)
+    told = said(lambda: optimizer.load_state_dict(saved))
+    assert len(told) == 1
+    assert "seed, 3" in told[0]
+    assert "seed=7" in told[0]
+    assert optimizer.seed == 3
+
+
+def test_a_sigma_in_percent_is_told(model, bare):
+    assert ["larger than the weights" in text for text in said(lambda: wrap(bare, model, sigma=5).detach(), times=1)] == [
+        True
+    ]
+
+
+def test_detached_by_hand_says_so(model, bare):
+    optimizer = wrap(bare, model)
+    optimizer.detach()
+    with pytest.raises(RuntimeError, match=r"detach\(\) was called"):
+        optimizer.perturb()

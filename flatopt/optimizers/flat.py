@@ -515,8 +515,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return "this FlatPerturbOptimizer is detached: detach() was called. Make a new one around optimizer.optimizer"
         return (
             "this FlatPerturbOptimizer is detached, since a newer FlatPerturbOptimizer perturbs "
-            f"{self._weights.taken_over} too and took over: one weight can have one at a time. Step the newer one, or make a new one around "
-            "optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
+            f"{self._weights.taken_over} too and took over: one weight can have one at a time. Step the newer one, or make "
+            "a new one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
         )
 
     def _tell_no_hooks(self) -> None:
@@ -542,7 +542,7 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
         weights.detach()
     finally:
         doors.weights = None
-        for handle in (*handles, *doors.handles):
+        for handle in (*handles, *doors.handles, *(each for some in doors.strangers.values() for each in some)):
             handle.remove()
         release()
 

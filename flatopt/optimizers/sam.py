@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..core.checks import check
 from ..core.sharding import fsdp_modules, is_sharded, local
 from ..core.weight import AdaptedWeight
+from ..perturbation.interrupts import uninterrupted
 from .groups import read_groups
 from .replay import random_state, running_statistics_kept
 from .wrapper import OptimizerWrapper
@@ -151,27 +152,26 @@ class SAM(OptimizerWrapper):
     def backward(self, closure: Callable[[], Any]) -> Any:
         """The first half of :meth:`step`: leave the gradient at w + ε in ``.grad`` and w as it was; return the loss."""
         _check_rho(self.rho)
+        self._descend()  # what an interrupted step left
         parameters = self._perturbed_parameters()
         devices = {p.device for p in parameters}
         before = random_state(devices)
         with torch.enable_grad():
-            with _differentiable(parameters):
-                self.zero_grad()
-                loss = closure()
-                after = random_state(devices)
-                try:
-                    self._ascend(parameters)
-                except BaseException:
-                    self._descend()
-                    raise
             try:
+                with _differentiable(parameters):
+                    self.zero_grad()
+                    loss = closure()
+                    after = random_state(devices)
+                    self._ascend(parameters)
                 before()
-                self.zero_grad()
-                with running_statistics_kept():
-                    closure()
+                try:
+                    self.zero_grad()
+                    with running_statistics_kept():
+                        closure()
+                finally:
+                    after()
             finally:
                 self._descend()
-                after()
         self._ready = True
         return loss
 
@@ -219,9 +219,12 @@ class SAM(OptimizerWrapper):
 
     @torch.no_grad()
     def _descend(self) -> None:
-        for w, clean in self._saved or ():
-            w.copy_(clean)
-        self._saved = None
+        if self._saved is None:
+            return
+        with uninterrupted():
+            for w, clean in self._saved:
+                w.copy_(clean)
+            self._saved = None
         torch.clear_autocast_cache()
 
     def _warn_no_gradient(self) -> None:
@@ -260,9 +263,10 @@ def _differentiable(parameters: "list[Tensor]") -> "Iterator[None]":
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, grad in frozen:
-            parameter.requires_grad_(False)
-            parameter.grad = grad
+        with uninterrupted():
+            for parameter, grad in frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = grad
 
 
 def _average_gradients(parameters: "list[Tensor]") -> None:

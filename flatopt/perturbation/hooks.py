@@ -19,7 +19,15 @@ from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
 from ..core.sharding import is_fsdp_module
 from .gradient_cache import FirstPass
-from .stack import enclosing_forward, in_backward, in_training_module, is_distributed, refuse_transforms, running_modules
+from .stack import (
+    enclosing_forward,
+    in_autograd_function,
+    in_backward,
+    in_training_module,
+    is_distributed,
+    refuse_transforms,
+    running_modules,
+)
 from .tensors import before_its_backward, storage_of
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
@@ -31,10 +39,14 @@ class Doors:
         self.weights: PerturbedWeights | None = weights
         self.perturb = perturb
         self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # what each root last ran as
-        self.ran_clean: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots run without gradients since the last step
+        self.around: list[tuple[nn.Module, bool]] = []  # roots that call themselves: what the outer call runs as
+        # roots run without gradients since the last step; whether by an autograd.Function (reentrant checkpointing)
+        self.ran_clean: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self.opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots that trained since the last step
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose hooks open a step
         self.handles: list[Any] = []
-        self.strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # no part of the targets, but in their memory
+        # no part of the targets, but in their memory: their hooks
+        self.strangers: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
         self.wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of these inside and run as one
         self.looked = False  # for strangers
         self.first_pass = FirstPass()
@@ -64,6 +76,7 @@ class Doors:
         if trains:
             if weights.state == CLEAN:
                 self.ran_clean.clear()
+                self.opened.clear()
                 self.first_pass.read = {}
             self.perturb()
         elif threading.get_ident() != weights.thread:
@@ -92,7 +105,7 @@ class Doors:
             )
         if weights.held or not (torch.is_grad_enabled() and module.training):
             return
-        if weights.state == CLEAN or (weights.state == PERTURBED and module in self.ran_clean):
+        if weights.state == CLEAN or module in self.ran_clean:
             raise RuntimeError(
                 f"{type(module).__name__} ran its forward without gradients on clean weights and is now run again, in "
                 "backward, on perturbed ones. If an activation checkpoint is around a module given in the groups: use "
@@ -198,9 +211,7 @@ class BeforeRoot(Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
-        if (
-            doors is None or doors.weights is None or torch.compiler.is_compiling()
-        ):  # the latter: torch.export's fake forward
+        if doors is None or doors.weights is None or torch.compiler.is_compiling():  # torch.export's fake forward
             return
         trains = torch.is_grad_enabled() and (module.training or in_training_module())
         if is_fsdp_module(module):
@@ -216,18 +227,26 @@ class BeforeRoot(Hook):
         if in_backward():
             doors.recomputed(module)
             return
+        if module in doors.inside and sum(each is module for each in running_modules()) > 1:
+            doors.around.append((module, doors.trains.get(module, trains)))
         doors.trains[module] = trains
         doors.inside.add(module)
         doors.within = True
         if trains:
             doors.trained = True
+            if not doors.ran_clean.get(module, True):
+                del doors.ran_clean[module]  # a reference that is over: what is run again in backward is this forward
             if doors.weights.state == CLEAN and doors.first_pass.read:
                 doors.first_pass.refuse_second(module, (args, kwargs))
         elif module.training and not doors.weights.held:
-            doors.ran_clean.add(module)
+            by_function = in_autograd_function()
+            if by_function or module not in doors.opened:
+                doors.ran_clean[module] = by_function or doors.ran_clean.get(module, False)
             if doors.weights.state == CLEAN:
                 doors.first_pass.note((args, kwargs))
         doors.settle(module, trains)
+        if trains:
+            doors.opened.add(module)
 
     def _come_first(self, module: nn.Module) -> None:
         """From the next call on before FSDP2's own hook, where that came later: it then gathers what it needs once."""
@@ -245,6 +264,9 @@ class AfterRoot(Hook):
             return
         trains = doors.trains.get(module)
         if in_backward():
+            return
+        if doors.around and doors.around[-1][0] is module and sum(each is module for each in running_modules()) > 1:
+            doors.trains[module] = doors.around.pop()[1]
             return
         doors.inside.discard(module)
         doors.within = bool(doors.inside)

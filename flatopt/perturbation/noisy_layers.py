@@ -369,7 +369,9 @@ def remove(layer: nn.Module) -> None:
         forward = layer.__dict__.get(slot)
         if isinstance(forward, NoisyForward):
             forward.on = False
-            if forward.replaced is None:
+            if forward.replaced is None and slot == "forward":
                 del layer.__dict__[slot]
+            elif forward.replaced is None:  # accelerate moved it there
+                layer.__dict__[slot] = type(layer).forward.__get__(layer)
             else:
                 layer.__dict__[slot] = forward.replaced

@@ -83,6 +83,11 @@ def refuse_transforms(module: nn.Module) -> None:
     )
 
 
+def in_transform() -> bool:
+    """Whether ``torch.func``'s transforms (vmap, grad) or ``torch.jit.trace`` are at work."""
+    return bool(torch._C._functorch.get_interpreter_stack()) or torch._C._get_tracing_state() is not None
+
+
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -90,7 +95,7 @@ def in_backward() -> bool:
 def backwards_so_far() -> int:
     """A number that grows by one with every backward, this small one included."""
     seen: list[int] = []
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = torch.ones((), device="cpu", requires_grad=True)
         double = leaf * 2
         double.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))

@@ -4,11 +4,12 @@ import gc
 import itertools
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 from ..core.warn import warn_user
 from .hooks import CleanFirst, Doors, Hook, clean_copies
@@ -25,6 +26,7 @@ def listen_for_strangers(doors: Doors) -> None:
             _registered(doors, module, parameter)
 
     doors.handles.append(register_module_parameter_registration_hook(registered))
+    doors.handles.append(register_module_buffer_registration_hook(registered))
 
 
 def find_strangers(doors: Doors) -> None:
@@ -44,15 +46,25 @@ def find_strangers(doors: Doors) -> None:
             "amid a step it would see their noise. Call optimizer.restore() before it runs"
         )
     for module in plain:
-        if any(map(doors.holds, module.__dict__.get("_parameters", {}).values())):
+        if any(map(doors.holds, _read_by(module))):
             listen_to_stranger(doors, module)
     for module in plain:
         inner = module.__dict__.get("_modules", {}).get("_orig_mod", module)
         compiled = inner is not module or module.__dict__.get("_compiled_call_impl") is not None
         whole = compiled or isinstance(inner, torch.fx.GraphModule)
-        if whole and inner not in doors.wholes and not doors.strangers.isdisjoint(inner.modules()):
+        if whole and inner not in doors.wholes and any(part in doors.strangers for part in inner.modules()):
             doors.wholes.add(inner)
             doors.handles.append(inner.register_forward_pre_hook(BeforeCompiledStranger(doors), prepend=True))
+
+
+def _read_by(module: nn.Module) -> "Iterator[Any]":
+    """The tensors a module's own forward reads: its parameters, buffers, and lists of parameters, which have no forward."""
+    held = module.__dict__
+    yield from held.get("_parameters", {}).values()
+    yield from held.get("_buffers", {}).values()
+    for child in held.get("_modules", {}).values():
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            yield from child.__dict__.get("_parameters", {}).values()
 
 
 def _modules_of_the_process() -> "list[nn.Module]":
@@ -71,15 +83,17 @@ def _modules_of_the_process() -> "list[nn.Module]":
 def listen_to_stranger(doors: Doors, module: nn.Module) -> None:
     if module in doors.owners or module in doors.strangers:
         return
-    doors.strangers.add(module)
-    doors.handles.append(module.register_forward_pre_hook(BeforeStranger(doors), prepend=True))
-    doors.handles += clean_copies(module, CleanFirst(doors))
+    hook = module.register_forward_pre_hook(BeforeStranger(doors), prepend=True)
+    doors.strangers[module] = [hook, *clean_copies(module, CleanFirst(doors))]
 
 
 def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
     """Somebody gives ``module`` a parameter: if it is one of ours, the module is a reader too."""
     weights = doors.weights
-    if weights is None or not doors.holds(parameter) or module in doors.owners or module in doors.strangers:
+    if weights is None or not isinstance(parameter, Tensor) or module in doors.owners or module in doors.strangers:
+        return
+    doors.look_where_they_lie()  # they may have moved since the last step
+    if not doors.holds(parameter):
         return
     if enclosing_forward(doors.trains) is not None or torch._guards.TracingContext.try_get() is not None:
         return  # no reader: PEFT's target_parameters are parametrized within each forward; what torch.compile traces with

@@ -22,15 +22,17 @@ def before_its_backward(output: Any, call: Callable[[Tensor], None]) -> None:
             tensor.register_hook(call)
 
 
-def tensors_in(output: Any) -> "Iterable[Tensor]":
+def tensors_in(output: Any, depth: int = 8) -> "Iterable[Tensor]":
+    """Those in dicts, lists and the fields of dataclasses; ``depth``: of things that hold one another."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_in(value)
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(output, dict):
+        parts = output.values()
     elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from tensors_in(value)
+        parts = output
     elif hasattr(output, "__dataclass_fields__"):
-        for value in vars(output).values():
-            yield from tensors_in(value)
+        parts = [getattr(output, name, None) for name in output.__dataclass_fields__]
+    for part in parts if depth else ():
+        yield from tensors_in(part, depth - 1)

@@ -662,3 +662,29 @@ def test_on_cuda_dropout_is_replayed_and_weights_come_back(space):
     sam.step(closure)
     assert torch.equal(*draws)
     assert not changed(model, before)
+
+
+def test_what_an_interrupted_step_left_is_brought_back_by_the_next(monkeypatch):
+    model = lora_mlp()
+    before = frozen(model)
+    optimizer = SAM(torch.optim.SGD(trainable(model), lr=0.01), rho=0.5, space="full", targets=model)
+
+    def closure():
+        loss = nn.functional.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward()
+        return loss
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        descend, calls = SAM._descend, []
+
+        def interrupted(self):
+            calls.append(1)
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            descend(self)
+
+        patched.setattr(SAM, "_descend", interrupted)
+        optimizer.step(closure)
+    assert changed(model, before)
+    optimizer.step(closure)
+    assert not changed(model, before)

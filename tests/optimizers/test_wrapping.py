@@ -418,7 +418,7 @@ def test_a_private_method_of_the_wrapped_class_names_the_way(model):
         _ = optimizer.nonsense
 
 
-# --- steps without noise are told -------------------------------------------------------------------------------------------
+# --- steps without noise are told ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["the wrapper", "the wrapped"])

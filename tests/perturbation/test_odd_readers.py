@@ -1,9 +1,14 @@
 """Exported, traced, scripted and differentiated models, and weights that are no plain tensors: right or refused."""
 
+import contextlib
+import dataclasses
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -215,3 +220,232 @@ def test_targets_that_are_taken_out_amid_a_step_are_restored_too(model, before, 
     assert len(changed(model, before)) == (1 if change == "drop the group" else 2)
     optimizer.step()
     assert not changed(model, before)
+
+
+# --- roots that call themselves, references beside checkpoints ------------------------------------------------------------
+
+
+class SelfTeaching(nn.Module):
+    """Its forward asks itself for targets, without gradients."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.net, self.mode, self.seen = lora_mlp(), mode, {}
+
+    def forward(self, x, teaching=False):
+        self.seen[teaching] = self.net(x).detach()
+        if teaching:
+            if self.mode == "raises":
+                raise KeyError("inside")
+            return self.seen[True]
+        if self.mode == "eval":
+            self.eval()
+        with torch.no_grad(), contextlib.suppress(KeyError):
+            self(x, teaching=True)
+        self.train()
+        return self.net(x)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "eval", "raises"])
+def test_a_root_that_calls_itself_trains_at_noise_after_it(mode):
+    model, x = SelfTeaching(mode), batch()[0]
+    before = frozen(model)
+    clean = model.net(x).detach()
+    optimizer = wrap(model)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(x), batch()[1])
+        assert len(changed(model, before)) == 3
+        torch.testing.assert_close(model.seen[True], clean)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not changed(model, before)
+        clean = model.net.eval()(x).detach()
+        model.train()
+
+
+def checkpointed(model, reentrant):
+    x = batch()[0].requires_grad_()  # reentrant checkpoints ask for it
+    return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().sum()
+
+
+@pytest.mark.parametrize("when", ["before the forward", "between forward and backward"])
+def test_a_reference_in_train_mode_beside_a_checkpoint_around_a_target(model, before, when):
+    x, optimizer = batch()[0], wrap(model)
+    with torch.no_grad():
+        want = model(x)
+    optimizer.perturb()
+    gradients = []
+    for reads in (False, True):
+        if reads and when == "before the forward":
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), want)
+        loss = checkpointed(model, False)
+        if reads and when == "between forward and backward":
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), want)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in trainable(model)])
+        optimizer.zero_grad()
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    optimizer.step()
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("opened_by", ["perturb()", "another micro-batch"])
+def test_a_reentrant_checkpoint_around_a_target_is_refused_also_amid_a_step(model, before, opened_by):
+    optimizer = wrap(model)
+    if opened_by == "perturb()":
+        optimizer.perturb()
+    else:
+        loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpointed(model, True).backward()
+    optimizer.restore()
+    assert not changed(model, before)
+
+
+# --- readers that come late or hold W otherwise ----------------------------------------------------------------------------
+
+
+MOVES = {
+    "to": lambda model: model.double(),
+    "assign": lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+    "data": lambda model: [setattr(p, "data", p.data.clone()) for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("amid", [False, True])
+def test_a_teacher_made_after_w_has_moved_reads_it_clean(model, move, amid):
+    optimizer = wrap(model)
+    loss_of(model).backward()
+    optimizer.step()
+    MOVES[move](model)
+    weight = model.base_model.model.first.base_layer.weight
+    x = torch.ones(1, 16, dtype=weight.dtype)
+    teacher, want = nn.Linear(16, 32, bias=False), x @ weight.detach().t()
+    if amid:
+        model(batch()[0].to(weight.dtype))
+        teacher.weight = weight
+    else:
+        teacher.weight = weight
+        model(batch()[0].to(weight.dtype))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.eval()(x), want)
+    optimizer.detach()
+
+
+class Holder(nn.Module):
+    def __init__(self, weight, how):
+        super().__init__()
+        self.how = how
+        if how == "buffer":
+            self.register_buffer("weight", weight.detach())
+        else:
+            self.held = nn.ParameterList([weight]) if how == "list" else nn.ParameterDict({"w": weight})
+
+    def forward(self, x):
+        return x @ (self.weight if self.how == "buffer" else next(iter(self.held.parameters()))).t()
+
+
+@pytest.mark.parametrize("how", ["buffer", "list", "dict"])
+def test_a_teacher_that_holds_w_as_a_buffer_or_in_a_list_reads_it_clean(model, before, how):
+    weight, x = model.base_model.model.first.base_layer.weight, torch.ones(1, 16)
+    teacher, want = Holder(weight, how).eval(), x @ weight.detach().clone().t()
+    optimizer = wrap(model)
+    loss = loss_of(model)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x), want)
+    loss.backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_teachers_that_are_gone_leave_nothing(model):
+    optimizer = wrap(model)
+    weight = model.base_model.model.first.base_layer.weight
+    for _ in range(3):
+        teacher = nn.Linear(16, 32)
+        teacher.weight = weight
+        loss_of(model).backward()
+        optimizer.step()
+    del teacher
+    gc.collect()
+    assert len(optimizer._doors.strangers) == 0
+
+
+# --- inputs and outputs of all kinds ---------------------------------------------------------------------------------------
+
+
+def test_a_first_pass_is_taken_down_wherever_it_runs(model, before):
+    optimizer = wrap(model)
+    x = batch()[0]
+    with torch.inference_mode():
+        model(x)
+    with torch.no_grad():
+        torch.vmap(model)(x[:, None])
+        model.base_model.model.first(x)
+    loss_of(model).backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_what_a_first_pass_read_is_not_kept(model):
+    wrap(model)
+    x = batch()[0].clone()
+    with torch.no_grad():
+        model(x)
+    gone = weakref.ref(x.untyped_storage())
+    held = weakref.ref(x)
+    del x
+    assert held() is None
+    assert gone() is None
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    logits: torch.Tensor
+
+
+def in_a_circle(y):
+    found = {"logits": y}
+    found["itself"] = found
+    return found
+
+
+@pytest.mark.parametrize("made", [Slots, in_a_circle], ids=["slots", "in a circle"])
+def test_outputs_that_are_not_plain(made, before, model):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return made(self.net(x))
+
+    root = Wrapped()
+    optimizer = wrap(root)
+    output = root(batch()[0])
+    logits = output.logits if made is Slots else output["logits"]
+    with torch.no_grad():
+        root(batch()[0])
+    logits.square().sum().backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_accelerates_hook_put_around_a_noisy_forward_stays_when_detached(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    optimizer = wrap(model, restore="forward")
+    layer, x = model.base_model.model.first.base_layer, batch()[0]
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    with torch.no_grad():
+        want = layer(x)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.detach()
+    torch.testing.assert_close(layer(x), want)
+    hooks.remove_hook_from_module(layer)
+    torch.testing.assert_close(layer(x), want)

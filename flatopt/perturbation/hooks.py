@@ -20,6 +20,7 @@ from ..adapters.registry import adapter_of
 from ..core.sharding import is_fsdp_module
 from .gradient_cache import FirstPass
 from .stack import (
+    calls_itself,
     enclosing_forward,
     in_autograd_function,
     in_backward,
@@ -227,7 +228,7 @@ class BeforeRoot(Hook):
         if in_backward():
             doors.recomputed(module)
             return
-        if module in doors.inside and sum(each is module for each in running_modules()) > 1:
+        if module in doors.inside and calls_itself(module):
             doors.around.append((module, doors.trains.get(module, trains)))
         doors.trains[module] = trains
         doors.inside.add(module)
@@ -265,7 +266,7 @@ class AfterRoot(Hook):
         trains = doors.trains.get(module)
         if in_backward():
             return
-        if doors.around and doors.around[-1][0] is module and sum(each is module for each in running_modules()) > 1:
+        if doors.around and doors.around[-1][0] is module and calls_itself(module):
             doors.trains[module] = doors.around.pop()[1]
             return
         doors.inside.discard(module)
@@ -303,7 +304,7 @@ class BeforeOwner(Hook):
             return
         trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
         doors.settle(module, trains if around is None else around)
-        doors.trained = doors.trained or (doors.weights is not None and doors.weights.noisy)
+        doors.trained = doors.trained or weights.noisy
         if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
             handles: list[Any] = []

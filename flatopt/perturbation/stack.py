@@ -46,6 +46,11 @@ def running_modules() -> "Iterable[nn.Module]":
         frame = frame.f_back
 
 
+def calls_itself(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs inside another call of it."""
+    return sum(each is module for each in running_modules()) > 1
+
+
 def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

@@ -471,9 +471,8 @@ def test_a_loaded_seed_that_is_another_is_told(model, bare):
 
 
 def test_a_sigma_in_percent_is_told(model, bare):
-    assert ["larger than the weights" in text for text in said(lambda: wrap(bare, model, sigma=5).detach(), times=1)] == [
-        True
-    ]
+    told = said(lambda: wrap(bare, model, sigma=5).detach(), times=1)
+    assert ["larger than the weights" in text for text in told] == [True]
 
 
 def test_detached_by_hand_says_so(model, bare):

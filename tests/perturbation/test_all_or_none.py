@@ -179,10 +179,9 @@ NEXT = {
 def test_when_nothing_works_any_more(restore, then):
     """As where memory is full: the next to use W, when something works again, finds it all clean or all perturbed."""
     run, noisy = Run(restore), then in ("training forward", "perturb", "one layer")
+    stride = 28 if then == "deepcopy" else 7  # a copy is slow
     for move in MOVES:
-        for _ in faults(
-            run, move, lambda k: RaiseFrom(k, "before"), stride=28 if then == "deepcopy" else 7
-        ):  # that one is slow
+        for _ in faults(run, move, lambda k: RaiseFrom(k, "before"), stride=stride):
             NEXT[then](run)
             assert run.optimizer.is_perturbed is noisy
             assert run.stand_at(run.noisy if noisy else run.clean)

@@ -2,13 +2,16 @@
 
     python -m benchmarks.qlora_cost                    # on a GPU: Llama-2-7B in nf4, some 4 minutes; needs bitsandbytes
     python -m benchmarks.qlora_cost --checkpointing    # activations recomputed, so that the noise is made three times
+    python -m benchmarks.qlora_cost --parts            # the device's part and the host's; into the rows that are there
     python -m benchmarks.qlora_cost --device cpu       # a tiny model in fp32: does it run, not how fast
 
 Methods: plain QLoRA; FlatPerturbOptimizer with W + ε made from 4 bits by one kernel; with W dequantised by bitsandbytes and
 the noise added by another kernel; and (asked for by name) with torch's own operations. Random weights, double quantised nf4,
 LoRA r 8 on all linear layers, batches of 2 x 1024 tokens. Timed as in ``benchmarks.cost``, whose turns and cells these are:
 a ratio is that of a turn to those of plain QLoRA before and after it. ``by_layer``: one linear layer alone, forward and
-backward, the median of each way in microseconds. Results: ``benchmarks/results/qlora_cost_<device>.json``.
+backward, the median of each way in microseconds. Whole steps wait for a host whose speed wanders, so ``parts`` tells the two
+apart: the device's, as in ``benchmarks.cost.parts``; and the host's, the ratio of whole steps on 2 x 8 tokens, on which the
+device waits for the host. Results: ``benchmarks/results/qlora_cost_<device>.json``.
 """
 
 import argparse
@@ -32,9 +35,12 @@ from flatopt.perturbation import noisy_layers
 from .cost.__main__ import RESULTS, device_name, versions
 from .cost.methods import METHODS, Ours
 from .cost.models import Case
+from .cost.parts import on_device
 from .cost.show import steps_table
-from .cost.steps import measure
+from .cost.steps import compare, measure
+from .cost.summary import summary
 
+FEW = 8  # tokens a row, so few that the device waits for the host
 WAYS = {"one kernel": None, "dequantised first": "_fused", "torch's operations": "_kernels"}
 
 
@@ -80,7 +86,8 @@ def four_bits(linear: nn.Linear, device: str) -> nn.Module:
     return layer
 
 
-def llama(device: str, checkpointing: bool) -> Case:
+def llama(device: str, checkpointing: bool) -> "tuple[Case, Case]":
+    """The model on the tokens it is timed on, and on a few."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -103,12 +110,13 @@ def llama(device: str, checkpointing: bool) -> Case:
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")).train()
 
-    def loss() -> torch.Tensor:
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             return model(input_ids=tokens, labels=tokens).loss
 
     what += ", recomputed activations" if checkpointing else ""
-    return Case(model, loss, f"{what}, {shape[0]} x {shape[1]} tokens")
+    sizes = tokens, tokens[:, :FEW]
+    return tuple(Case(model, partial(loss, some), f"{what}, {some.shape[0]} x {some.shape[1]} tokens") for some in sizes)
 
 
 def time_layers(case: Case, ways: "list[str]", tokens: int, repeats: int = 50) -> "list[dict]":
@@ -157,6 +165,22 @@ def time_layers(case: Case, ways: "list[str]", tokens: int, repeats: int = 50) -
     return rows
 
 
+def measure_parts(rows: "list[dict]", case: Case, short: Case, command: str, console: Console, save) -> None:
+    """The device's part and the host's of the rows that are there: the host's first, as a launch may take longer after
+    torch.profiler, and the long steps last."""
+    ours = sorted((row for row in rows if row["method"] != "plain LoRA"), key=lambda row: row["accumulation"])
+    for row in ours:
+        row["parts"] = {"command": command}
+        if row["accumulation"] == ours[0]["accumulation"]:
+            cell, plain, _ = compare(row["method"], short, row["accumulation"], "cuda", 8.0)
+            row["parts"] |= {"host_ratio": cell["ratio"], "host_ms": cell["step_ms"], "host_plain_ms": summary(plain)}
+    for row in ours:
+        row["parts"] |= on_device(row["method"], case, row["accumulation"], turns=3 if row["accumulation"] < 16 else 1)
+        save()
+        found = [f"{name} {row['parts'][name]}" for name in ("device_ratio", "host_ratio") if name in row["parts"]]
+        console.log(f"{row['method']}, accumulation {row['accumulation']}: {', '.join(found)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.qlora_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,11 +192,12 @@ def main() -> None:
     )
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="time to repeat one cell for (at least 3 turns)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    case = llama(args.device, args.checkpointing)
+    case, short = llama(args.device, args.checkpointing)
     layers = [m.get_base_layer() for m in case.model.modules() if isinstance(m, LoraLayer)]
     run = {
         "command": shlex.join(["python", "-m", "benchmarks.qlora_cost", *sys.argv[1:]]),
@@ -186,18 +211,21 @@ def main() -> None:
     file = args.out / f"qlora_cost_{device_name(args.device).lower().replace(' ', '-')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    console = Console(width=120)
+    console, kind = Console(width=120), "checkpointing" if args.checkpointing else "plain"
+
+    def save() -> None:
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    if args.parts:
+        measure_parts(results[kind]["rows"], case, short, run["command"], console, save)
+        return
     if args.device == "cuda":
         run["by_layer"] = time_layers(case, args.ways, tokens=2048)
         console.print(run["by_layer"])
     methods = [f"ours, {name}" for name in args.ways]
     for rows in measure(case, args.accumulation, methods, args.device, args.seconds, console.log):
-        results["checkpointing" if args.checkpointing else "plain"] = {
-            **run,
-            "plain_ms": rows[0]["step_ms"]["median"],
-            "rows": rows,
-        }
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results[kind] = {**run, "plain_ms": rows[0]["step_ms"]["median"], "rows": rows}
+        save()
         console.print(steps_table("QLoRA", {**run, "rows": rows}))
     console.print(f"written: {file}")
 

@@ -120,7 +120,7 @@ def measure(trainer) -> dict:
 
     task, seen = trainer.task, []
     parts = {part: task.evaluation(part) for part in ("validation", "test", "ood")}
-    chunk = 150 if task.name == "smollm2" else 500
+    chunk = 300 if task.name == "smollm2" else 500
     batches = [(part, each) for part, tensors in parts.items() for each in zip(*(t.split(chunk) for t in tensors))]
 
     def score(model, batch):

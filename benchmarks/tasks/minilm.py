@@ -119,7 +119,7 @@ class MiniLM:
             "test": tuple(t[: sizes[0]] for t in tweets),
             "validation": tuple(t[sizes[0] : sizes[1]] for t in tweets),
             "train": tuple(t[2300:] for t in tweets),
-            "ood": tuple(t[:: 20 if quick else 1].to(device) for t in data["others"]),
+            "ood": tuple(t[:: 80 if quick else 8].to(device) for t in data["others"]),  # 2,004 of 16,027 sentences
         }
 
     def model(self) -> nn.Module:

@@ -106,6 +106,7 @@ def time_toggles(method: Plain, device: str, repeats: int) -> dict:
                 torch.cuda.synchronize()
                 if turn % 2:
                     torch.cuda._sleep(AHEAD)
+                    dist.all_reduce(torch.zeros(1, device=device))  # on the device: cycles do not take all GPUs equally long
             clock = Clock(device)
             clock.mark()
             began = time.perf_counter()

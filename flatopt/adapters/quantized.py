@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-PACKED = ("W_q", "qweight")  # what layers without a ``weight`` call theirs: HQQ; GPTQ, AWQ and others
+PACKED = ("W_q", "qweight")  # what HQQ's layers call their weight; GPTQ's, AWQ's and others'
 ROUNDS_INPUTS = ("act_quant_kwargs", "activation_quantization", "activation_qtype")  # set by torchao, torchao and quanto
 FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
@@ -30,8 +30,11 @@ class Format(NamedTuple):
 
 
 def packed_name(layer: nn.Module) -> "str | None":
-    """The attribute that holds a layer's weight: ``"weight"``, or what packed formats call it; None if there is none."""
-    return next((name for name in ("weight", *PACKED) if isinstance(getattr(layer, name, None), Tensor)), None)
+    """The attribute that holds a layer's weight: ``"weight"``, or what packed formats call it; None if there is none.
+
+    The latter first: transformers 5.17 gives HQQ's layers an empty ``weight`` as well, for code that asks for its type.
+    """
+    return next((name for name in (*PACKED, "weight") if isinstance(getattr(layer, name, None), Tensor)), None)
 
 
 def format_of(layer: nn.Module, name: str) -> "Format | None":

@@ -166,9 +166,10 @@ def frontier(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> Non
     figure, axes = pyplot.subplots(1, len(forms), figsize=(13, 4.2), layout="constrained")
     for axis, (form, form_title) in zip(axes, forms.items()):
         for label, (points, colour, marker) in lines.items():
-            values = np.array([[[m[f]["test"][0] for f in ("full", form)] for m in named[n].values()] for n in points])
-            if not len(points):
+            if not points:
                 continue
+            seeds = sorted(set.intersection(*(set(named[n]) for n in points)))  # the last seed may lack some rows
+            values = np.array([[[named[n][s][f]["test"][0] for f in ("full", form)] for s in seeds] for n in points])
             x, y = values.mean(1).T
             half = [paired(v)[1] for v in values[..., 1]]
             axis.errorbar(x, y, half, color=colour, marker=marker, label=label, capsize=2, linewidth=1)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CUDA, bits, trainable
+from helpers import bits, on_every_device, trainable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +21,6 @@ from flatopt.perturbation import forward
 from flatopt.perturbation.forward import ForwardPlan, forward_reason, own_forwards
 
 ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
-on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 
 
 # --- layers of every format -----------------------------------------------------------------------------------------------

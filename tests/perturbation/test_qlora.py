@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import CUDA, bits, trainable
+from helpers import bits, on_every_device, trainable
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer
@@ -73,7 +73,6 @@ def loss_and_gradients(model, tokens):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 ON_CUDA = 10  # times less exact: the kernels approximate log, sine and cosine
 QUANTIZATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},

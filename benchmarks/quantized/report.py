@@ -28,9 +28,9 @@ class TaskOnly:
     def __init__(self, name: str):
         import importlib
 
-        self.steps, self.lr = (
+        self.steps, self.lr, self.grid = (
             getattr(getattr(importlib.import_module(f"benchmarks.tasks.{name}"), TASKS[name]), key)
-            for key in ("steps", "lr")
+            for key in ("steps", "lr", "grid")
         )
 
 

@@ -46,12 +46,8 @@ STRENGTHS = {
 MIDDLE = {method: some[(len(some) - 1) // 2] for method, some in STRENGTHS.items()} | {"sam-full": 0.05}
 SIGNS = dict.fromkeys(STRENGTHS, "σ") | dict.fromkeys(("sam-adapter", "sam-full", "bilora", "efm"), "ρ")
 SIGNS |= {"group": "×", "nbar": "a", "dropout": "p"}
-LR_TIMES = (0.5, 1.0, 2.0, 4.0)
+LR_TIMES = (0.5, 1.0, 1.5, 2.0, 4.0)
 CONTROLS = {
-    "lr × ½": {"lr_times": 0.5},
-    "lr × 1.5": {"lr_times": 1.5},
-    "lr × 2": {"lr_times": 2.0},
-    "lr × 3": {"lr_times": 3.0},
     "weight decay .1": {"weight_decay": 0.1},
     "weight decay 1": {"weight_decay": 1.0},
     "half the steps": {"steps": 0.5},
@@ -62,14 +58,14 @@ BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, a
 
 
 def make_config(
-    task, method: str, strength: float, lr: float, lr_times=1.0, steps=1.0, weight_decay=0.0, ema=0.0, **others
+    task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others
 ) -> dict:
     """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
     to while the adapter is trained and merged."""
     return {
         "method": method,
         "strength": strength,
-        "lr": lr * lr_times,
+        "lr": lr,
         "steps": round(task.steps * steps),
         "weight_decay": weight_decay,
         "ema": ema,
@@ -253,14 +249,15 @@ def tune(runner: Runner, seeds, methods) -> None:
 
 
 def rows(task, chosen: dict) -> "dict[str, dict]":
-    """Name of a row -> settings: the library's noise at every strength, the others at the chosen one, and plain LoRA with
-    other settings, ranks and bases."""
+    """Name of a row -> settings: the library's noise at every strength, at the chosen lr and along others, the rivals at
+    their chosen strength, and plain LoRA with other settings, ranks and bases."""
     lr, strength = chosen["lr"], chosen["strength"]
     found = {"plain": make_config(task, "plain", 0.0, lr["plain"])}
     found |= {f"flat σ {s:g}": make_config(task, "flat", s, lr["flat"]) for s in STRENGTHS["flat"]}
     found |= {f"plain, {name}": make_config(task, "plain", 0.0, lr["plain"], **c) for name, c in CONTROLS.items()}
-    for s in STRENGTHS["flat"][1:3]:
-        found[f"flat σ {s:g}, lr × 2"] = make_config(task, "flat", s, lr["flat"], lr_times=2.0)
+    for times in task.grid:
+        found[f"plain, lr {task.lr * times:g}"] = make_config(task, "plain", 0.0, task.lr * times)
+        found |= {f"flat σ {s:g}, lr {task.lr * times:g}": make_config(task, "flat", s, task.lr * times) for s in STRENGTHS["flat"]}
     if "group" in lr:
         found |= {f"group × {s:g}": make_config(task, "group", s, lr["group"]) for s in STRENGTHS["group"]}
     others = [m for m in STRENGTHS if m not in ("plain", "flat", "group") and m in strength]
@@ -280,7 +277,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS), help="plain is always among them"
     )
-    parser.add_argument("--rows", default="", help="only rows whose name this regular expression finds, and plain")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help="only rows whose name a regular expression finds; several: one after the other"
+    )
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long; run again to go on")
@@ -297,9 +296,11 @@ def main() -> None:
         runner = Runner(name, args, store, deadline)
         try:
             tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m == "plain"])
-            chosen = {n: c for n, c in rows(runner.task, store.chosen).items() if n == "plain" or re.search(args.rows, n)}
-            # seed by seed, so that whatever is there when the time is up is whole
-            runner([(c, s) for s in seeds for c in chosen.values() if c["method"] in (*args.methods, "plain")], "rows")
+            for pattern in args.rows:
+                wanted = {n: c for n, c in rows(runner.task, store.chosen).items() if n == "plain" or re.search(pattern, n)}
+                # seed by seed, so that whatever is there when the time is up is whole
+                jobs = [(c, s) for s in seeds for c in wanted.values() if c["method"] in (*args.methods, "plain")]
+                runner(jobs, f"rows {pattern}")
         finally:
             runner.close()
         if runner.failed:

@@ -64,6 +64,7 @@ class EfficientNet:
     loss_and_accuracy = staticmethod(loss_and_accuracy)
     labels, batch, steps = 100, 25, 150
     rank, lr = 8, 1e-3
+    grid = (1, 2, 3, 4, 6)  # times lr: where noise is held against plain LoRA at the same lr
     dtype = torch.float32
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

@@ -93,6 +93,7 @@ class MiniLM:
     name, targets = "minilm", TARGETS
     labels, batch, steps = 200, 25, 150
     rank, lr = 8, 1e-3
+    grid = (0.5, 1, 2, 4)  # times lr: where noise is held against plain LoRA at the same lr
     dtype = torch.float32
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

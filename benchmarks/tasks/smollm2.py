@@ -130,6 +130,7 @@ class SmolLM2:
     loss_and_accuracy = staticmethod(loss_and_accuracy)
     labels, batch, steps = 300, 24, 200  # problems of each family, batch size, optimizer steps
     rank, lr = 8, 2e-3
+    grid = (0.5, 1, 1.5, 2)  # times lr: where noise is held against plain LoRA at the same lr
     dtype = torch.bfloat16
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

@@ -15,6 +15,7 @@ from benchmarks.quantized.rivals import RIVALS, noise_of
 
 class Toy:
     name, targets, rank, lr, batch, steps, dtype = "toy", ("first", "second"), 2, 1e-2, 4, 6, torch.float32
+    grid = (1, 2)
 
     def model(self):
         torch.manual_seed(0)
@@ -74,7 +75,7 @@ def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
     store = study.Store(tmp_path / "quantized_toy.json")
     store.environment, lr = {"device": "here"}, dict.fromkeys(study.STRENGTHS, 1e-2)
     store.chosen = {"seeds": [], "lr": lr, "strength": study.MIDDLE}
-    shown = ("plain", "plain, lr × 2", "flat σ 0.1", "flat σ 0.2", "group × 1", "plain, rank 32", "plain, base in int4")
+    shown = ("plain", "plain, lr 0.02", "flat σ 0.1", "flat σ 0.2", "group × 1", "plain, rank 32", "plain, base in int4")
     for name, config in study.rows(Toy(), store.chosen).items():
         for seed in range(2 if name in shown else 0):
             store.runs[store.key(config, seed)] = {"config": config, "seed": seed, "metrics": study._run(config, seed)}

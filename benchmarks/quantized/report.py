@@ -1,12 +1,11 @@
 """Tables and pictures from the results of the study: paired differences, 95 % t-intervals, Holm down each column."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 
 from ..statistics import holm, paired
-from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, make_config, rows
+from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, plain_of, rows
 
 COLUMNS = {  # title -> (format, part, accuracy 0 or loss 1, decimals)
     "full precision": ("full", "test", 0, 1),
@@ -61,16 +60,16 @@ def lost(metrics: dict, form: str) -> float:
     return metrics["full"]["test"][0] - metrics[form]["test"][0]
 
 
-def lost_table(named: "dict[str, dict[int, dict]]") -> str:
+def lost_table(pairs: "list[tuple[str, dict, dict]]") -> str:
     """What rounding costs, in points of accuracy, with the share of what it costs plain LoRA."""
     formats = ("int4", "int4/128", "int4/64", "int4/32", "nf4/64")
     lines = ["| | norm of sBA over that of W, % | " + " | ".join(formats) + " |", "|---" * (2 + len(formats)) + "|"]
-    for name, ours in named.items():
-        common = sorted(set(ours) & set(named["plain"]))
+    for name, ours, theirs in pairs:
+        common = sorted(set(ours) & set(theirs))
         cells = []
         for form in formats:
-            mean, plain = (np.mean([lost(of[s], form) for s in common]) for of in (ours, named["plain"]))
-            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if name != "plain" and plain else f"{mean:.1f}")
+            mean, plain = (np.mean([lost(of[s], form) for s in common]) for of in (ours, theirs))
+            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if ours is not theirs and plain else f"{mean:.1f}")
         update = 100 * np.mean([ours[s]["relative_update"] for s in common])
         lines.append(f"| {name} | {update:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -95,87 +94,76 @@ def tuning_table(store: Store) -> str:
     return "\n".join(lines)
 
 
-def on_tuning_seeds(task: TaskOnly, store: Store) -> "list[tuple[str, dict, dict]]":
-    """Methods at every strength and lr that at least two tuning seeds have, against plain at its own lr."""
-    plain = by_seed(store, make_config(task, "plain", 0.0, store.chosen["lr"]["plain"]), TUNING_SEEDS)
-    configs = {Store.key(r["config"], 0): r["config"] for r in store.runs.values() if r["seed"] in TUNING_SEEDS}
-    found = []
-    for config in sorted(configs.values(), key=lambda c: (list(STRENGTHS).index(c["method"]), c["strength"], c["lr"])):
-        ours = by_seed(store, config, TUNING_SEEDS)
-        finite = all(math.isfinite(m["full"]["test"][1]) for m in ours.values())
-        if len(ours) > 1 and finite and ours != plain:
-            found.append((f"{config['method']} {config['strength']:g}, lr {config['lr']:g}", ours, plain))
-    return found
-
-
-def equal_accuracy(named: "dict[str, dict[int, dict]]") -> "list[tuple[str, dict, dict]]":
+def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tuple[str, dict, dict]]":
     """Each row of group noise with the row of filter noise that is nearest in validation accuracy at full precision."""
 
     def accuracy(name):
         return np.mean([m["full"]["validation"][0] for m in named[name].values()])
 
-    flats = [name for name in named if name.startswith("flat") and "," not in name]
+    flats = [f"flat σ {s:g}, lr {lr:g}" for s in STRENGTHS["flat"]]
     found = []
     for name in named:
         if name.startswith("group"):
-            nearest = min(flats, key=lambda flat: abs(accuracy(flat) - accuracy(name)))
-            found.append((f"{name} against {nearest}", named[name], named[nearest]))
+            nearest = min((flat for flat in flats if flat in named), key=lambda flat: abs(accuracy(flat) - accuracy(name)))
+            found.append((f"{name.split(',')[0]} against {nearest.split(',')[0]}", named[name], named[nearest]))
     return found
 
 
-def picture(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None:
-    import matplotlib
+def by_sigma(named: "dict[str, dict[int, dict]]") -> "dict[str, dict[float, dict]]":
+    """Plain LoRA and the noise's σ -> lr -> metrics by seed."""
+    found = {}
+    for label in ("plain", *(f"flat σ {s:g}" for s in STRENGTHS["flat"])):
+        along = {float(n.rpartition(" lr ")[2]): m for n, m in named.items() if n.rpartition(", lr ")[0] == label}
+        if along:
+            found[label.replace("flat ", "")] = along
+    return found
 
-    matplotlib.use("Agg")
+
+def styles(labels) -> "dict[str, dict]":
+    from matplotlib import pyplot
+
+    noisy = [label for label in labels if label != "plain"]
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(noisy)))
+    return {"plain": {"color": "black", "marker": "s"}} | {n: {"color": c, "marker": "o"} for n, c in zip(noisy, colours)}
+
+
+def picture(path: Path, title: str, along: "dict[str, dict[float, dict]]", lr: float) -> None:
+    """Accuracy against format, one line a σ, at one lr."""
     from matplotlib import pyplot
 
     forms = ("full", "int8", "int4/32", "int4/64", "int4/128", "int4", "int3/32", "int3/64")
-    shown = [name for name in named if name in ("plain", "plain, lr × 2") or (name.startswith("flat") and "," not in name)]
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, sum(n.startswith("flat") for n in shown)))
-    styles = {n: {"color": c, "marker": "o"} for n, c in zip([n for n in shown if n.startswith("flat")], colours)}
-    styles |= {
-        "plain": {"color": "black", "marker": "s"},
-        "plain, lr × 2": {"color": "grey", "linestyle": ":", "marker": "s"},
-    }
-    for name in shown:
-        values = np.array([[m[f]["test"][0] for f in forms] for m in named[name].values()])
-        half = [paired(column)[1] for column in values.T]
-        axis.errorbar(range(len(forms)), values.mean(0), half, label=name, capsize=2, linewidth=1.5, **styles[name])
+    for label, style in styles(along).items():
+        if lr in along[label]:
+            values = np.array([[m[f]["test"][0] for f in forms] for m in along[label][lr].values()])
+            half = [paired(column)[1] for column in values.T]
+            axis.errorbar(range(len(forms)), values.mean(0), half, label=label, capsize=2, linewidth=1.5, **style)
     axis.set_xticks(range(len(forms)), ["full", *(f.replace("/", ", groups of ") for f in forms[1:])], rotation=20)
-    axis.set(ylabel="test accuracy, %", title=title)
+    axis.set(ylabel="test accuracy, %", title=f"{title}, lr {lr:g}")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def frontier(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> None:
-    """Accuracy in 4 bits against accuracy at full precision: plain LoRA along its learning rates, noise along σ. What lies
-    above the line of the learning rates is bought by more than those."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def frontier(path: Path, title: str, along: "dict[str, dict[float, dict]]") -> None:
+    """Accuracy at full precision and in few bits along the learning rate, one line a σ."""
     from matplotlib import pyplot
 
-    forms = {"int4": "int4, one scale a row", "int4/32": "int4, groups of 32", "nf4/64": "NF4, groups of 64"}
-    times = {"plain, lr × ½": 0.5, "plain": 1, "plain, lr × 1.5": 1.5, "plain, lr × 2": 2, "plain, lr × 3": 3}
-    lines = {"plain, by lr": ({n: f"×{t:g}" for n, t in times.items() if n in named}, "black", "s")}
-    for end, label, colour in (("", "flat, by σ", "tab:blue"), (", lr × 2", "flat at twice the lr", "tab:orange")):
-        names = [n for n in named if n.startswith("flat σ") and n.partition(",")[1] + n.partition(",")[2] == end]
-        lines[label] = ({n: n.split()[2].strip(",") for n in names}, colour, "o")
-    figure, axes = pyplot.subplots(1, len(forms), figsize=(13, 4.2), layout="constrained")
+    forms = {"full": "full precision", "nf4/64": "NF4, groups of 64", "int4": "int4, one scale a row"}
+    forms["int3/32"] = "int3, groups of 32"
+    figure, axes = pyplot.subplots(1, len(forms), figsize=(14, 4), layout="constrained")
     for axis, (form, form_title) in zip(axes, forms.items()):
-        for label, (points, colour, marker) in lines.items():
-            if not points:
-                continue
-            seeds = sorted(set.intersection(*(set(named[n]) for n in points)))  # the last seed may lack some rows
-            values = np.array([[[named[n][s][f]["test"][0] for f in ("full", form)] for s in seeds] for n in points])
-            x, y = values.mean(1).T
-            half = [paired(v)[1] for v in values[..., 1]]
-            axis.errorbar(x, y, half, color=colour, marker=marker, label=label, capsize=2, linewidth=1)
-            for each, text in zip(zip(x, y), points.values()):
-                axis.annotate(text, each, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
-        axis.set(xlabel="test accuracy at full precision, %", title=form_title)
+        for shift, (label, style) in enumerate(styles(along).items()):
+            lrs = sorted(along[label])
+            values = [np.array([m[form]["test"][0] for m in along[label][lr].values()]) for lr in lrs]
+            apart = [lr * 1.015 ** (shift - len(along) / 2) for lr in lrs]  # so that bars can be told apart
+            axis.errorbar(
+                apart, [v.mean() for v in values], [paired(v)[1] for v in values], label=label, capsize=2, linewidth=1, **style
+            )
+        axis.set(xlabel="learning rate", title=form_title, xscale="log")
+        lrs = sorted({lr for lines in along.values() for lr in lines})
+        axis.set_xticks(lrs, [f"{lr:g}" for lr in lrs], fontsize=8)
+        axis.minorticks_off()
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(fontsize=8)
     figure.suptitle(title)
@@ -184,7 +172,10 @@ def frontier(path: Path, title: str, named: "dict[str, dict[int, dict]]") -> Non
 
 
 def write(results: Path, tasks: "list[str]") -> None:
-    """``quantized.md`` and ``quantized_<task>.png`` beside the JSON."""
+    """``quantized.md``, ``quantized_<task>.png`` and ``quantized_<task>_lr.png`` beside the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     text = [
         "Written by `python -m benchmarks.quantized --report` from the `quantized_*.json` beside it. Accuracy in %, loss in "
         "nats, on the test set; Δ = row - reference over paired seeds ± the half-width of its 95 % t-interval (not "
@@ -203,24 +194,32 @@ def write(results: Path, tasks: "list[str]") -> None:
         )
         task = TaskOnly(name)
         seeds = sorted({run["seed"] for run in store.runs.values()} - set(TUNING_SEEDS))
-        named = {n: by_seed(store, config, seeds) for n, config in rows(task, store.chosen).items()}
-        named = {n: found for n, found in named.items() if len(found) >= LEAST_SEEDS}
-        if "plain" in named:
-            chosen = ", ".join(f"{m} lr {lr:g}" for m, lr in store.chosen["lr"].items())
-            text.append(f"Chosen on seeds {min(TUNING_SEEDS)}-{max(TUNING_SEEDS)}: {chosen}.")
-            text.append(difference_table([(n, found, named["plain"]) for n, found in named.items() if n != "plain"]))
-            text.append("### What rounding costs, in points (and as a share of what it costs plain)\n\n" + lost_table(named))
-            if pairs := equal_accuracy(named):
-                text.append(
-                    "### Noise by groups against noise by filter, nearest in validation accuracy at full precision\n\n"
-                    + difference_table(pairs, "filter noise")
-                )
-            picture(results / f"quantized_{name}.png", TITLES[name], named)
-            text.append(f"![{TITLES[name]}](quantized_{name}.png)")
-            frontier(results / f"quantized_{name}_frontier.png", TITLES[name], named)
-            text.append(f"![In 4 bits against full precision](quantized_{name}_frontier.png)")
-        else:
-            text.append("Rows on seeds of their own: *not measured*. On the tuning seeds, against plain LoRA at its lr:")
-            text.append(difference_table(on_tuning_seeds(task, store)))
+        pairs = {}
+        for row, config in rows(task, store.chosen).items():
+            ours = by_seed(store, config, seeds)
+            plain = plain_of(config, task.steps)
+            theirs = ours if plain == config else by_seed(store, plain, seeds)
+            if len(set(ours) & set(theirs)) >= LEAST_SEEDS:
+                pairs[row] = (row, ours, theirs)
+        named = {row: ours for row, (_, ours, _) in pairs.items()}
+        lr = store.chosen["lr"]["flat"]
+        chosen = ", ".join(f"{m} {lr:g}" for m, lr in store.chosen["lr"].items())
+        text.append(f"Learning rates chosen on seeds {min(TUNING_SEEDS)}-{max(TUNING_SEEDS)}: {chosen}.")
+        for each in sorted({c["lr"] for c in rows(task, store.chosen).values()}):
+            here = [pair for row, pair in pairs.items() if row.endswith(f", lr {each:g}") and pair[1] is not pair[2]]
+            if here:
+                text.append(f"### At lr {each:g}, against plain LoRA at that lr\n\n" + difference_table(here))
+        at = [pair for row, pair in pairs.items() if row.endswith(f", lr {lr:g}")]
+        text.append("### What rounding costs, in points (and as a share of what it costs plain)\n\n" + lost_table(at))
+        if equal := equal_accuracy(named, lr):
+            text.append(
+                "### Noise by groups against noise by filter, nearest in validation accuracy at full precision\n\n"
+                + difference_table(equal, "filter noise")
+            )
+        along = by_sigma(named)
+        picture(results / f"quantized_{name}.png", TITLES[name], along, lr)
+        text.append(f"![{TITLES[name]}](quantized_{name}.png)")
+        frontier(results / f"quantized_{name}_lr.png", TITLES[name], along)
+        text.append(f"![Along the learning rate](quantized_{name}_lr.png)")
         text.append("### Tuning seeds\n\n" + tuning_table(store))
     (results / "quantized.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

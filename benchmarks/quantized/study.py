@@ -249,26 +249,37 @@ def tune(runner: Runner, seeds, methods) -> None:
 
 
 def rows(task, chosen: dict) -> "dict[str, dict]":
-    """Name of a row -> settings: the library's noise at every strength, at the chosen lr and along others, the rivals at
-    their chosen strength, and plain LoRA with other settings, ranks and bases."""
-    lr, strength = chosen["lr"], chosen["strength"]
-    found = {"plain": make_config(task, "plain", 0.0, lr["plain"])}
-    found |= {f"flat σ {s:g}": make_config(task, "flat", s, lr["flat"]) for s in STRENGTHS["flat"]}
-    found |= {f"plain, {name}": make_config(task, "plain", 0.0, lr["plain"], **c) for name, c in CONTROLS.items()}
-    for times in task.grid:
-        found[f"plain, lr {task.lr * times:g}"] = make_config(task, "plain", 0.0, task.lr * times)
-        found |= {f"flat σ {s:g}, lr {task.lr * times:g}": make_config(task, "flat", s, task.lr * times) for s in STRENGTHS["flat"]}
+    """Name of a row -> settings. Plain LoRA and the library's noise along learning rates; at the lr chosen for the noise, and
+    so at equal lr, everything else: the rivals at their chosen strength, and other settings, ranks and bases."""
+    lr, strength, equal = chosen["lr"], chosen["strength"], chosen["lr"]["flat"]
+    found = {}
+
+    def add(name: str, method: str, strength: float, lr: float, **others) -> None:
+        found[f"{name}, lr {lr:g}"] = make_config(task, method, strength, lr, **others)
+
+    for each in sorted({equal, lr["plain"], *(task.lr * times for times in task.grid)}):
+        add("plain", "plain", 0.0, each)
+        for s in STRENGTHS["flat"]:
+            add(f"flat σ {s:g}", "flat", s, each)
+    for name, control in CONTROLS.items():
+        add(f"plain, {name}", "plain", 0.0, equal, **control)
     if "group" in lr:
-        found |= {f"group × {s:g}": make_config(task, "group", s, lr["group"]) for s in STRENGTHS["group"]}
-    others = [m for m in STRENGTHS if m not in ("plain", "flat", "group") and m in strength]
-    found |= {f"{m} {SIGNS[m]} {strength[m]:g}": make_config(task, m, strength[m], lr[m]) for m in others}
-    for method in ("plain", "flat"):
-        name = "plain" if method == "plain" else f"flat σ {strength['flat']:g}"
+        for s in STRENGTHS["group"]:
+            add(f"group × {s:g}", "group", s, equal)
+    for method in [m for m in STRENGTHS if m in strength and m not in ("plain", "flat", "group")]:
+        for each in sorted({equal, lr[method]}):
+            add(f"{method} {SIGNS[method]} {strength[method]:g}", method, strength[method], each)
+    for name, method in (("plain", "plain"), (f"flat σ {strength['flat']:g}", "flat")):
         for rank in RANKS:
-            found[f"{name}, rank {rank}"] = make_config(task, method, strength[method], lr[method], rank=rank)
+            add(f"{name}, rank {rank}", method, strength[method], equal, rank=rank)
         for base in BASES:
-            found[f"{name}, base in {base}"] = make_config(task, method, strength[method], lr[method], base=base)
+            add(f"{name}, base in {base}", method, strength[method], equal, base=base)
     return found
+
+
+def plain_of(config: dict, steps: int) -> dict:
+    """What a row is held against: plain LoRA at the same lr, on the same base, at the same rank."""
+    return {**config, "method": "plain", "strength": 0.0, "steps": steps, "weight_decay": 0.0, "ema": 0.0}
 
 
 def main() -> None:
@@ -297,9 +308,10 @@ def main() -> None:
         try:
             tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m == "plain"])
             for pattern in args.rows:
-                wanted = {n: c for n, c in rows(runner.task, store.chosen).items() if n == "plain" or re.search(pattern, n)}
-                # seed by seed, so that whatever is there when the time is up is whole
-                jobs = [(c, s) for s in seeds for c in wanted.values() if c["method"] in (*args.methods, "plain")]
+                wanted = [c for n, c in rows(runner.task, store.chosen).items() if re.search(pattern, n)]
+                wanted = [c for c in wanted if c["method"] in (*args.methods, "plain")]
+                # with what they are held against, seed by seed: whatever is there when the time is up is whole
+                jobs = [(c, s) for s in seeds for row in wanted for c in (plain_of(row, runner.task.steps), row)]
                 runner(jobs, f"rows {pattern}")
         finally:
             runner.close()

@@ -75,16 +75,18 @@ def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
     store = study.Store(tmp_path / "quantized_toy.json")
     store.environment, lr = {"device": "here"}, dict.fromkeys(study.STRENGTHS, 1e-2)
     store.chosen = {"seeds": [], "lr": lr, "strength": study.MIDDLE}
-    shown = ("plain", "plain, lr 0.02", "flat σ 0.1", "flat σ 0.2", "group × 1", "plain, rank 32", "plain, base in int4")
-    for name, config in study.rows(Toy(), store.chosen).items():
-        for seed in range(2 if name in shown else 0):
+    shown = ("flat σ 0.1, lr 0.02", "flat σ 0.1, lr 0.01", "flat σ 0.2, lr 0.01", "group × 1, lr 0.01")
+    shown += ("flat σ 0.1, rank 32, lr 0.01", "flat σ 0.1, base in int4, lr 0.01", "plain, weight decay 1, lr 0.01")
+    wanted = [config for name, config in study.rows(Toy(), store.chosen).items() if name in shown]
+    for config in [*wanted, *(study.plain_of(config, Toy.steps) for config in wanted)]:
+        for seed in range(2):
             store.runs[store.key(config, seed)] = {"config": config, "seed": seed, "metrics": study._run(config, seed)}
     store.save()
     report.write(tmp_path, ["toy"])
     text = (tmp_path / "quantized.md").read_text()
-    for row in set(shown) - {"plain"}:
+    for row in shown:
         assert f"| {row} | 2 |" in text
-    for picture in ("quantized_toy.png", "quantized_toy_frontier.png"):
+    for picture in ("quantized_toy.png", "quantized_toy_lr.png"):
         assert (tmp_path / picture).exists()
     again = study.Store(tmp_path / "quantized_toy.json")
     assert again.runs == json.loads(json.dumps(store.runs))

@@ -1,11 +1,12 @@
 """Tables and pictures from the results of the study: paired differences, 95 % t-intervals, Holm down each column."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
 
 from ..statistics import holm, paired
-from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, plain_of, rows
+from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, label, plain_of
 
 COLUMNS = {  # title -> (format, part, accuracy 0 or loss 1, decimals)
     "full precision": ("full", "test", 0, 1),
@@ -21,16 +22,9 @@ TITLES["minilm"] = "MiniLM-L6 (22M), sentiment of tweets"
 LEAST_SEEDS = 6  # fewer are shown as tuning runs only
 
 
-class TaskOnly:
-    """What :func:`rows` asks of a task, without its data."""
-
-    def __init__(self, name: str):
-        import importlib
-
-        self.steps, self.lr, self.grid = (
-            getattr(getattr(importlib.import_module(f"benchmarks.tasks.{name}"), TASKS[name]), key)
-            for key in ("steps", "lr", "grid")
-        )
+def steps_of(name: str) -> int:
+    """The number of steps of a task, without its data."""
+    return getattr(importlib.import_module(f"benchmarks.tasks.{name}"), TASKS[name]).steps
 
 
 def by_seed(store: Store, config: dict, seeds) -> "dict[int, dict]":
@@ -112,11 +106,17 @@ def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tupl
 def by_sigma(named: "dict[str, dict[int, dict]]") -> "dict[str, dict[float, dict]]":
     """Plain LoRA and the noise's σ -> lr -> metrics by seed."""
     found = {}
-    for label in ("plain", *(f"flat σ {s:g}" for s in STRENGTHS["flat"])):
-        along = {float(n.rpartition(" lr ")[2]): m for n, m in named.items() if n.rpartition(", lr ")[0] == label}
+    for line in ("plain", *(f"flat σ {s:g}" for s in STRENGTHS["flat"])):
+        along = {float(n.rpartition(" lr ")[2]): m for n, m in named.items() if n.rpartition(", lr ")[0] == line}
         if along:
-            found[label.replace("flat ", "")] = along
+            found[line.replace("flat ", "")] = along
     return found
+
+
+def best_lr(along: "dict[str, dict[float, dict]]") -> float:
+    """Plain LoRA's best by validation accuracy at full precision, among those that every σ has."""
+    common = set.intersection(*map(set, along.values()))
+    return max(common, key=lambda lr: np.mean([m["full"]["validation"][0] for m in along["plain"][lr].values()]))
 
 
 def styles(labels) -> "dict[str, dict]":
@@ -133,11 +133,10 @@ def picture(path: Path, title: str, along: "dict[str, dict[float, dict]]", lr: f
 
     forms = ("full", "int8", "int4/32", "int4/64", "int4/128", "int4", "int3/32", "int3/64")
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for label, style in styles(along).items():
-        if lr in along[label]:
-            values = np.array([[m[f]["test"][0] for f in forms] for m in along[label][lr].values()])
-            half = [paired(column)[1] for column in values.T]
-            axis.errorbar(range(len(forms)), values.mean(0), half, label=label, capsize=2, linewidth=1.5, **style)
+    for line, style in styles(along).items():
+        values = np.array([[m[f]["test"][0] for f in forms] for m in along[line][lr].values()])
+        half = [paired(column)[1] for column in values.T]
+        axis.errorbar(range(len(forms)), values.mean(0), half, label=line, capsize=2, linewidth=1.5, **style)
     axis.set_xticks(range(len(forms)), ["full", *(f.replace("/", ", groups of ") for f in forms[1:])], rotation=20)
     axis.set(ylabel="test accuracy, %", title=f"{title}, lr {lr:g}")
     axis.legend(fontsize=8)
@@ -153,13 +152,11 @@ def frontier(path: Path, title: str, along: "dict[str, dict[float, dict]]") -> N
     forms["int3/32"] = "int3, groups of 32"
     figure, axes = pyplot.subplots(1, len(forms), figsize=(14, 4), layout="constrained")
     for axis, (form, form_title) in zip(axes, forms.items()):
-        for shift, (label, style) in enumerate(styles(along).items()):
-            lrs = sorted(along[label])
-            values = [np.array([m[form]["test"][0] for m in along[label][lr].values()]) for lr in lrs]
-            apart = [lr * 1.015 ** (shift - len(along) / 2) for lr in lrs]  # so that bars can be told apart
-            axis.errorbar(
-                apart, [v.mean() for v in values], [paired(v)[1] for v in values], label=label, capsize=2, linewidth=1, **style
-            )
+        for shift, (line, style) in enumerate(styles(along).items()):
+            found = {lr: np.array([m[form]["test"][0] for m in seeds.values()]) for lr, seeds in sorted(along[line].items())}
+            apart = [lr * 1.015 ** (shift - len(along) / 2) for lr in found]  # so that bars can be told apart
+            mean, half = zip(*((v.mean(), paired(v)[1]) for v in found.values()))
+            axis.errorbar(apart, mean, half, label=line, capsize=2, linewidth=1, **style)
         axis.set(xlabel="learning rate", title=form_title, xscale="log")
         lrs = sorted({lr for lines in along.values() for lr in lines})
         axis.set_xticks(lrs, [f"{lr:g}" for lr in lrs], fontsize=8)
@@ -169,6 +166,11 @@ def frontier(path: Path, title: str, along: "dict[str, dict[float, dict]]") -> N
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def place(config: dict) -> tuple:
+    """Where its row stands in a table."""
+    return list(STRENGTHS).index(config["method"]), "base" in config, "rank" in config, config["strength"]
 
 
 def write(results: Path, tasks: "list[str]") -> None:
@@ -192,32 +194,35 @@ def write(results: Path, tasks: "list[str]") -> None:
             + ", ".join(f"{form} {error[form]:.3f}" for form in FORMATS)
             + "."
         )
-        task = TaskOnly(name)
+        steps = steps_of(name)
         seeds = sorted({run["seed"] for run in store.runs.values()} - set(TUNING_SEEDS))
+        configs = {Store.key(run["config"], 0): run["config"] for run in store.runs.values()}.values()
         pairs = {}
-        for row, config in rows(task, store.chosen).items():
+        for config in sorted(configs, key=place):
             ours = by_seed(store, config, seeds)
-            plain = plain_of(config, task.steps)
+            plain = plain_of(config, steps)
             theirs = ours if plain == config else by_seed(store, plain, seeds)
             if len(set(ours) & set(theirs)) >= LEAST_SEEDS:
+                row = label(config, steps)
                 pairs[row] = (row, ours, theirs)
         named = {row: ours for row, (_, ours, _) in pairs.items()}
         lr = store.chosen["lr"]["flat"]
         chosen = ", ".join(f"{m} {lr:g}" for m, lr in store.chosen["lr"].items())
         text.append(f"Learning rates chosen on seeds {min(TUNING_SEEDS)}-{max(TUNING_SEEDS)}: {chosen}.")
-        for each in sorted({c["lr"] for c in rows(task, store.chosen).values()}):
+        for each in sorted({c["lr"] for c in configs}):
             here = [pair for row, pair in pairs.items() if row.endswith(f", lr {each:g}") and pair[1] is not pair[2]]
             if here:
                 text.append(f"### At lr {each:g}, against plain LoRA at that lr\n\n" + difference_table(here))
-        at = [pair for row, pair in pairs.items() if row.endswith(f", lr {lr:g}")]
+        along = by_sigma(named)
+        best = best_lr(along)
+        at = [pair for row, pair in pairs.items() if row.endswith((f", lr {lr:g}", f", lr {best:g}"))]
         text.append("### What rounding costs, in points (and as a share of what it costs plain)\n\n" + lost_table(at))
         if equal := equal_accuracy(named, lr):
             text.append(
                 "### Noise by groups against noise by filter, nearest in validation accuracy at full precision\n\n"
                 + difference_table(equal, "filter noise")
             )
-        along = by_sigma(named)
-        picture(results / f"quantized_{name}.png", TITLES[name], along, lr)
+        picture(results / f"quantized_{name}.png", TITLES[name], along, best)
         text.append(f"![{TITLES[name]}](quantized_{name}.png)")
         frontier(results / f"quantized_{name}_lr.png", TITLES[name], along)
         text.append(f"![Along the learning rate](quantized_{name}_lr.png)")

@@ -47,19 +47,12 @@ MIDDLE = {method: some[(len(some) - 1) // 2] for method, some in STRENGTHS.items
 SIGNS = dict.fromkeys(STRENGTHS, "σ") | dict.fromkeys(("sam-adapter", "sam-full", "bilora", "efm"), "ρ")
 SIGNS |= {"group": "×", "nbar": "a", "dropout": "p"}
 LR_TIMES = (0.5, 1.0, 1.5, 2.0, 4.0)
-CONTROLS = {
-    "weight decay .1": {"weight_decay": 0.1},
-    "weight decay 1": {"weight_decay": 1.0},
-    "half the steps": {"steps": 0.5},
-    "EMA .98": {"ema": 0.98},
-}
+CONTROLS = ({"weight_decay": 0.1}, {"weight_decay": 1.0}, {"steps": 0.5}, {"ema": 0.98})  # of plain LoRA
 RANKS = (2, 32)
 BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, as QLoRA does
 
 
-def make_config(
-    task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others
-) -> dict:
+def make_config(task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others) -> dict:
     """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
     to while the adapter is trained and merged."""
     return {
@@ -248,32 +241,32 @@ def tune(runner: Runner, seeds, methods) -> None:
     store.save()
 
 
-def rows(task, chosen: dict) -> "dict[str, dict]":
-    """Name of a row -> settings. Plain LoRA and the library's noise along learning rates; at the lr chosen for the noise, and
-    so at equal lr, everything else: the rivals at their chosen strength, and other settings, ranks and bases."""
+def label(config: dict, steps: int) -> str:
+    """A row's name: what differs from plain LoRA with the task's number of ``steps``, and the lr."""
+    method, strength = config["method"], config["strength"]
+    parts = [method if method == "plain" else f"{method} {SIGNS[method]} {strength:g}"]
+    parts += [f"{name.replace('_', ' ')} {config[name]:g}" for name in ("weight_decay", "ema", "rank") if config.get(name)]
+    parts += [f"{config['steps']} steps"] if config["steps"] != steps else []
+    parts += [f"base in {config['base']}"] if "base" in config else []
+    return ", ".join([*parts, f"lr {config['lr']:g}"])
+
+
+def rows(task, chosen: dict) -> "list[dict]":
+    """Settings to run. Plain LoRA and the library's noise along learning rates; at the lr chosen for the noise, and so at
+    equal lr, everything else: the rivals at their chosen strength, and other settings, ranks and bases."""
     lr, strength, equal = chosen["lr"], chosen["strength"], chosen["lr"]["flat"]
-    found = {}
-
-    def add(name: str, method: str, strength: float, lr: float, **others) -> None:
-        found[f"{name}, lr {lr:g}"] = make_config(task, method, strength, lr, **others)
-
+    found = []
     for each in sorted({equal, lr["plain"], *(task.lr * times for times in task.grid)}):
-        add("plain", "plain", 0.0, each)
-        for s in STRENGTHS["flat"]:
-            add(f"flat σ {s:g}", "flat", s, each)
-    for name, control in CONTROLS.items():
-        add(f"plain, {name}", "plain", 0.0, equal, **control)
+        found.append(make_config(task, "plain", 0.0, each))
+        found += [make_config(task, "flat", s, each) for s in STRENGTHS["flat"]]
+    found += [make_config(task, "plain", 0.0, equal, **control) for control in CONTROLS]
     if "group" in lr:
-        for s in STRENGTHS["group"]:
-            add(f"group × {s:g}", "group", s, equal)
+        found += [make_config(task, "group", s, equal) for s in STRENGTHS["group"]]
     for method in [m for m in STRENGTHS if m in strength and m not in ("plain", "flat", "group")]:
-        for each in sorted({equal, lr[method]}):
-            add(f"{method} {SIGNS[method]} {strength[method]:g}", method, strength[method], each)
-    for name, method in (("plain", "plain"), (f"flat σ {strength['flat']:g}", "flat")):
-        for rank in RANKS:
-            add(f"{name}, rank {rank}", method, strength[method], equal, rank=rank)
-        for base in BASES:
-            add(f"{name}, base in {base}", method, strength[method], equal, base=base)
+        found += [make_config(task, method, strength[method], each) for each in sorted({equal, lr[method]})]
+    for method in ("plain", "flat"):
+        found += [make_config(task, method, strength[method], equal, rank=rank) for rank in RANKS]
+        found += [make_config(task, method, strength[method], equal, base=base) for base in BASES]
     return found
 
 
@@ -289,7 +282,7 @@ def main() -> None:
         "--methods", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS), help="plain is always among them"
     )
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows whose name a regular expression finds; several: one after the other"
+        "--rows", nargs="+", default=[""], help="rows whose name a regular expression finds; several: one after the other"
     )
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
@@ -308,7 +301,7 @@ def main() -> None:
         try:
             tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m == "plain"])
             for pattern in args.rows:
-                wanted = [c for n, c in rows(runner.task, store.chosen).items() if re.search(pattern, n)]
+                wanted = [c for c in rows(runner.task, store.chosen) if re.search(pattern, label(c, runner.task.steps))]
                 wanted = [c for c in wanted if c["method"] in (*args.methods, "plain")]
                 # with what they are held against, seed by seed: whatever is there when the time is up is whole
                 jobs = [(c, s) for s in seeds for row in wanted for c in (plain_of(row, runner.task.steps), row)]

@@ -71,13 +71,14 @@ def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_trainers", {})
     monkeypatch.setattr(report, "LEAST_SEEDS", 2)
     monkeypatch.setitem(report.TITLES, "toy", "toy")
-    monkeypatch.setattr(report, "TaskOnly", lambda name: Toy())
+    monkeypatch.setattr(report, "steps_of", lambda name: Toy.steps)
     store = study.Store(tmp_path / "quantized_toy.json")
     store.environment, lr = {"device": "here"}, dict.fromkeys(study.STRENGTHS, 1e-2)
     store.chosen = {"seeds": [], "lr": lr, "strength": study.MIDDLE}
     shown = ("flat σ 0.1, lr 0.02", "flat σ 0.1, lr 0.01", "flat σ 0.2, lr 0.01", "group × 1, lr 0.01")
     shown += ("flat σ 0.1, rank 32, lr 0.01", "flat σ 0.1, base in int4, lr 0.01", "plain, weight decay 1, lr 0.01")
-    wanted = [config for name, config in study.rows(Toy(), store.chosen).items() if name in shown]
+    wanted = [config for config in study.rows(Toy(), store.chosen) if study.label(config, Toy.steps) in shown]
+    assert len(wanted) == len(shown)
     for config in [*wanted, *(study.plain_of(config, Toy.steps) for config in wanted)]:
         for seed in range(2):
             store.runs[store.key(config, seed)] = {"config": config, "seed": seed, "metrics": study._run(config, seed)}

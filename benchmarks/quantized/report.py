@@ -55,7 +55,7 @@ def lost(metrics: dict, form: str) -> float:
 
 
 def lost_table(pairs: "list[tuple[str, dict, dict]]") -> str:
-    """What rounding costs, in points of accuracy, with the share of what it costs plain LoRA."""
+    """What rounding costs in points of accuracy, and the share of what it costs plain LoRA where that is a point or more."""
     formats = ("int4", "int4/128", "int4/64", "int4/32", "nf4/64")
     lines = ["| | norm of sBA over that of W, % | " + " | ".join(formats) + " |", "|---" * (2 + len(formats)) + "|"]
     for name, ours, theirs in pairs:
@@ -63,7 +63,7 @@ def lost_table(pairs: "list[tuple[str, dict, dict]]") -> str:
         cells = []
         for form in formats:
             mean, plain = (np.mean([lost(of[s], form) for s in common]) for of in (ours, theirs))
-            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if ours is not theirs and plain else f"{mean:.1f}")
+            cells.append(f"{mean:.1f} ({mean / plain:.2f})" if ours is not theirs and plain >= 1 else f"{mean:.1f}")
         update = 100 * np.mean([ours[s]["relative_update"] for s in common])
         lines.append(f"| {name} | {update:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -97,7 +97,7 @@ def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tupl
     flats = [f"flat σ {s:g}, lr {lr:g}" for s in STRENGTHS["flat"]]
     found = []
     for name in named:
-        if name.startswith("group"):
+        if name.startswith("group") and name.endswith(f", lr {lr:g}"):
             nearest = min((flat for flat in flats if flat in named), key=lambda flat: abs(accuracy(flat) - accuracy(name)))
             found.append((f"{name.split(',')[0]} against {nearest.split(',')[0]}", named[name], named[nearest]))
     return found

@@ -191,7 +191,7 @@ class Launch:
         self.stds = torch.zeros(offset, dtype=torch.float32, device=device)
         self.stds_of: tuple[Tensor, ...] = torch.split(self.stds.unsqueeze(1), heights)
         self.sums = torch.zeros(len(self.tiles) * ROWS * 2, dtype=torch.int32, device=device)
-        self.whole = kind.packed and all(columns // 2 % PAIRS == 0 for _, columns in shapes)
+        self.whole = kind.packed and all(m % ROWS == 0 and n // 2 % PAIRS == 0 for m, n in shapes)
         # a thread reads 16 bytes at a time: that many words have one total
         self.halvings = 0 if not kind.packed else 1 if kind.dtype == torch.float32 else 2
         self._of_move = self.table, self.tiles, self.stds, delta_table(device), self.sums

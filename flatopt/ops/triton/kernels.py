@@ -267,11 +267,11 @@ def _map(word, radius, cosine, sine, rho, delta, step, DTYPE: tl.constexpr, APPR
 
 @triton.jit
 def prepare(
-    table, scratch, grams,
+    table, scratch,
     DTYPE: tl.constexpr, A_DTYPE: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
     APPROX: tl.constexpr,
 ):  # fmt: skip
-    """A layer's A in W's dtype, rows contiguous, for the tensor cores; and AA^T."""
+    """A layer's A in W's dtype, rows contiguous, for the tensor cores; and AA^T, at the beginning of the scratch."""
     layer = table + tl.program_id(0) * FIELDS
     n, r = tl.load(layer + WIDTH), tl.load(layer + RANK_OF)
     k = tl.arange(0, RANK)[:, None]
@@ -284,12 +284,13 @@ def prepare(
         a = tl.load(source + j * tl.load(layer + A_COLUMN_STRIDE), mask=here, other=0.0).to(DTYPE)
         tl.store(target + j, a, mask=here)
         gram = _dot(a, tl.trans(a), gram, APPROX)
+    grams = scratch.to(tl.pointer_type(tl.float32))
     tl.store(grams + tl.program_id(0) * RANK * RANK + k * RANK + tl.arange(0, RANK)[None, :], gram)
 
 
 @triton.jit
 def norms(
-    table, tiles, stds, scratch, grams, sigma,
+    table, tiles, stds, scratch, sigma,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -323,6 +324,7 @@ def norms(
     b_at = tl.load(layer + B_AT).to(tl.pointer_type(B_DTYPE)) + row[:, None] * b_stride + k[None, :] * b_step
     b = tl.load(b_at, mask=inside[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
     b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
+    grams = scratch.to(tl.pointer_type(tl.float32))
     gram = tl.load(grams + number * RANK * RANK + k[:, None] * RANK + k[None, :])
     own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=row < tl.where(sums == 0, 0, m), other=0.0)
     norm = tl.load(fixed.to(tl.pointer_type(B_DTYPE)) + row, mask=row < tl.where(fixed == 0, 0, m), other=0.0).to(tl.float32)

@@ -2,9 +2,9 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -26,18 +26,22 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
     return made
 
 
-@contextmanager
-def writing() -> Iterator[None]:
+class writing:  # a class, as a generator's context manager takes twice as long, twice a step
     """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if fake is None and not torch.is_inference_mode_enabled():
-        with torch.no_grad():
-            yield
-        return
-    with ExitStack() as stack:
-        if fake is not None:
-            stack.enter_context(sys.modules["torch._subclasses.fake_tensor"].unset_fake_temporarily())
-        # in inference mode a write would not move the version counter; leaving that mode turns gradients on
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        yield
+
+    def __enter__(self) -> None:
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        self._stack: ExitStack | None = None
+        self._gradients = torch.is_grad_enabled()
+        if fake is not None or torch.is_inference_mode_enabled():
+            self._stack = ExitStack()
+            if fake is not None:
+                self._stack.enter_context(sys.modules["torch._subclasses.fake_tensor"].unset_fake_temporarily())
+            # in inference mode a write would not move the version counter; leaving that mode turns gradients on
+            self._stack.enter_context(torch.inference_mode(False))
+        torch._C._set_grad_enabled(False)  # no_grad by its one effect: that object takes as long as a launch
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._gradients)
+        if self._stack is not None:
+            self._stack.__exit__(*exception)

@@ -27,12 +27,6 @@ CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    with uninterrupted(), writing():
-        yield
-
-
 class PerturbedWeights:
     """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer.
 
@@ -75,7 +69,7 @@ class PerturbedWeights:
         if self.state == SUSPENDED:
             self.resume()
             return
-        with self._lock, _writing():
+        with self._lock, uninterrupted(), writing():
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
@@ -98,7 +92,7 @@ class PerturbedWeights:
         """
         if self.state == CLEAN:
             return
-        with self._lock, _writing():
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced, written = self._replaced(), []
             if self.state == PERTURBED:
@@ -119,7 +113,7 @@ class PerturbedWeights:
             self.restore()
         if self.state != PERTURBED:
             return
-        with self._lock, _writing():
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
@@ -135,7 +129,7 @@ class PerturbedWeights:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
-        with self._lock, _writing():
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
@@ -293,7 +287,7 @@ class PerturbedWeights:
             try:
                 self.restore()
             finally:
-                with _writing():
+                with uninterrupted(), writing():
                     self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)
@@ -324,6 +318,8 @@ class PerturbedWeights:
         return found
 
     def _refuse_shared_memory(self) -> None:
+        if len(_attached) <= 1:  # self, the usual case
+            return
         others = [other for other in list(_attached) if other is not self and other.state == PERTURBED]
         if not others:
             return

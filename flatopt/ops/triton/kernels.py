@@ -11,10 +11,10 @@ approximations, and a floor is an addition that rounds down.
 and subtracts the noise. Which program, thread or launch meets an element changes nothing: its noise follows from (step,
 weight, row, column).
 
-Proof of return: ``move`` sums up, row by row, the words that it reads and those that it writes, one multiplication and
-addition a word each. To perturb it leaves both sums; to restore it compares what it found with what was left, and what it
-wrote with what once stood there. A tile that is not as it should be is marked, and moved back at once by the program that
-moved it: f(f(v)) = v, so the foreign bits v stand there again, or the clean ones, if somebody had put those back.
+Proof of return: ``move`` sums up, row by row, the words that it reads and those that it writes, one instruction a word
+each. To perturb it leaves both sums; to restore it compares what it found with what was left, and what it wrote with what
+once stood there. A tile that is not as it should be is marked, and moved back at once by the program that moved it:
+f(f(v)) = v, so the foreign bits v stand there again, or the clean ones, if somebody had put those back.
 
 Same noise as torch's path up to the last bits of the functions; where w/a is an integer but for rounding, the two may
 count w to different blocks and move it to different sides. Restoring is exact by construction all the same, since both
@@ -38,6 +38,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
 
 MUL1, MUL2, GOLDEN = tl.constexpr(noise.MUL1), tl.constexpr(noise.MUL2), tl.constexpr(noise.GOLDEN)
 TWO_PI, MINUS_TWO_LN_2 = tl.constexpr(2 * math.pi), tl.constexpr(-2 * math.log(2))
+# 148 of float32's 2 pi apart, exactly: of 128 to 255, 149 is the one start for which that is a float32 (``_lower``)
+ANGLE_AT_148, ANGLE_AT_0 = tl.constexpr((1.0 / 131072 - 1.5) * 2 * math.pi), tl.constexpr(-939.336181640625)
 SPAN = tl.constexpr(1 << 13)  # pairs of columns a program takes
 SUM = tl.constexpr(0x85EBCA6B)  # odd, so that no single changed word is lost
 APPROX = torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1"
@@ -92,27 +94,28 @@ def _reciprocal(x, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _whole(x, factor, offset, APPROX: tl.constexpr):
-    """2 + 2^-22 max(0, floor(x factor + offset)), both given over 2^22: the sum has no room for finer bits."""
-    if APPROX:
+def _whole(radius, direction, factor, offset, APPROX: tl.constexpr):
+    """2 + 2^-22 max(0, floor(|z| factor + offset)), both given over 2^22: the sum has no room for finer bits."""
+    if APPROX:  # Triton's own abs would take an instruction, PTX's is a flag of the multiplication
         return tl.inline_asm_elementwise(
-            "{ .reg .f32 t; fma.rn.sat.f32 t, $1, $2, $3; add.rm.f32 $0, t, 0f40000000; }",
-            "=f,f,f,f", [x, factor, offset], dtype=tl.float32, is_pure=True, pack=1,
+            """{ .reg .f32 t; abs.f32 t, $2; mul.rn.f32 t, $1, t;
+            fma.rn.sat.f32 t, t, $3, $4; add.rm.f32 $0, t, 0f40000000; }""",
+            "=f,f,f,f,f", [radius, direction, factor, offset], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    scaled = tl.maximum(tl.fma(x, factor, offset), 0.0) * 4194304.0
+    scaled = tl.maximum(tl.fma(radius * tl.abs(direction), factor, offset), 0.0) * 4194304.0
     return tl.floor(scaled) * (1.0 / 4194304.0) + 2.0
 
 
 @triton.jit
-def _odd(w, inverse, APPROX: tl.constexpr):
-    """The parity of floor(w * inverse) as a sign bit; some fixed bit where that exceeds 2^22."""
+def _block_number(w, inverse, APPROX: tl.constexpr):
+    """An integer as odd as floor(w * inverse); some fixed one where that exceeds 2^22."""
     if APPROX:
         floor = tl.inline_asm_elementwise(
             "fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [w, inverse], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         floor = tl.floor(w * inverse) + 12582912.0
-    return floor.to(tl.int32, bitcast=True) << 31
+    return floor.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -133,16 +136,37 @@ def _mix(x):
 
 
 @triton.jit
+def _upper(x, APPROX: tl.constexpr):
+    """128 + the upper 16 bits of x over 2^16: the mantissa's end beside an exponent; converting is slow."""
+    if APPROX:  # one instruction, as an addition of shifted bits
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 16; add.u32 $0, t, 0x43000000; }",
+            "=f,r", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return ((x >> 16) | 0x43000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lower(x, APPROX: tl.constexpr):
+    """149 + the lower 16 bits of x over 2^16."""
+    if APPROX:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0xFFFF, 0x43150000, 0xEA;", "=f,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return ((x & 0xFFFF) | 0x43150000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _normals(pair, first, second, APPROX: tl.constexpr):
     """(radius, cosine, sine) of the pair's two normals."""
     x = pair.to(tl.uint32) * GOLDEN + first
     x = (x ^ (x >> 16)) * MUL1 + second
     x = (x ^ (x >> 15)) * MUL2
-    x = x ^ (x >> 15)
-    # 16 bits at the top of a mantissa are a number in [1, 2): no conversion from integers, which is slow
-    u = (((x >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True) - (1.0 - 1.0 / 131072)
-    v = (((x << 7) & 0x7FFF80) ^ 0x3FC00000).to(tl.float32, bitcast=True)
-    angle = tl.fma(v, TWO_PI, (1.0 / 131072 - 1.5) * TWO_PI)
+    x = x ^ (x >> 15) ^ 0x8000  # half a turn: angles from -pi to pi
+    u = _upper(x, APPROX) - (128.0 - 1.0 / 131072)
+    v = _lower(x, APPROX)
+    # fused, both are the same to the last bit; the interpreter rounds the product, which is best small
+    angle = tl.fma(v, TWO_PI, ANGLE_AT_0) if APPROX else tl.fma(v - 148.0, TWO_PI, ANGLE_AT_148)
     return _sqrt(_log2(u, APPROX) * MINUS_TWO_LN_2, APPROX), _cos(angle, APPROX), _sin(angle, APPROX)
 
 
@@ -215,14 +239,15 @@ def _where_equal(x, y, yes, no, DTYPE: tl.constexpr, APPROX: tl.constexpr):
 @triton.jit
 def _block(radius, direction, rho, delta, step, APPROX: tl.constexpr):
     """The length of an element's blocks: inverted, and with the sign of the noise."""
-    a = tl.fma(_whole(radius * tl.abs(direction), rho, delta, APPROX), step, -2.0 * step)
+    a = tl.fma(_whole(radius, direction, rho, delta, APPROX), step, -2.0 * step)
     signed = a.to(tl.int32, bitcast=True) | (direction.to(tl.int32, bitcast=True) & -0x80000000)
     return _reciprocal(a, APPROX), signed
 
 
 @triton.jit
 def _flip(w, inverse, signed, APPROX: tl.constexpr):
-    return w + (signed ^ _odd(w, inverse, APPROX)).to(tl.float32, bitcast=True)
+    # its parity added to the sign bit: a multiplication with addition, in place of a shift and an exclusive or
+    return w + (signed + (_block_number(w, inverse, APPROX) << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -242,11 +267,11 @@ def _map(word, radius, cosine, sine, rho, delta, step, DTYPE: tl.constexpr, APPR
 
 @triton.jit
 def prepare(
-    table, scratch, grams,
+    table, scratch,
     DTYPE: tl.constexpr, A_DTYPE: tl.constexpr, RANK: tl.constexpr, DEPTH: tl.constexpr,
     APPROX: tl.constexpr,
 ):  # fmt: skip
-    """A layer's A in W's dtype, rows contiguous, for the tensor cores; and AA^T."""
+    """A layer's A in W's dtype, rows contiguous, for the tensor cores; and AA^T, at the beginning of the scratch."""
     layer = table + tl.program_id(0) * FIELDS
     n, r = tl.load(layer + WIDTH), tl.load(layer + RANK_OF)
     k = tl.arange(0, RANK)[:, None]
@@ -259,12 +284,13 @@ def prepare(
         a = tl.load(source + j * tl.load(layer + A_COLUMN_STRIDE), mask=here, other=0.0).to(DTYPE)
         tl.store(target + j, a, mask=here)
         gram = _dot(a, tl.trans(a), gram, APPROX)
+    grams = scratch.to(tl.pointer_type(tl.float32))
     tl.store(grams + tl.program_id(0) * RANK * RANK + k * RANK + tl.arange(0, RANK)[None, :], gram)
 
 
 @triton.jit
 def norms(
-    table, tiles, stds, scratch, grams, sigma,
+    table, tiles, stds, scratch, sigma,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, B_DTYPE: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -298,6 +324,7 @@ def norms(
     b_at = tl.load(layer + B_AT).to(tl.pointer_type(B_DTYPE)) + row[:, None] * b_stride + k[None, :] * b_step
     b = tl.load(b_at, mask=inside[:, None] & (k < r)[None, :], other=0.0).to(tl.float32)
     b *= tl.load(layer + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
+    grams = scratch.to(tl.pointer_type(tl.float32))
     gram = tl.load(grams + number * RANK * RANK + k[:, None] * RANK + k[None, :])
     own = tl.load(sums.to(tl.pointer_type(tl.float32)) + row, mask=row < tl.where(sums == 0, 0, m), other=0.0)
     norm = tl.load(fixed.to(tl.pointer_type(B_DTYPE)) + row, mask=row < tl.where(fixed == 0, 0, m), other=0.0).to(tl.float32)
@@ -343,31 +370,33 @@ def _turned(word):
 
 
 @triton.jit
-def _plus(total, word, TURN: tl.constexpr, DTYPE: tl.constexpr):
+def _two(word, DTYPE: tl.constexpr):
+    """A word of two float32 as two of 32 bits; any other is both."""
     if DTYPE == tl.float32:
-        return (total * SUM + word.to(tl.uint32)) * SUM + _turned((word >> 32).to(tl.uint32))
+        return word.to(tl.uint32), (word >> 32).to(tl.uint32)
     else:
-        word = word.to(tl.uint32)
-        return total * SUM + (_turned(word) if TURN else word)
+        return word.to(tl.uint32), word.to(tl.uint32)
 
 
 @triton.jit
 def _add_up(total, word, DTYPE: tl.constexpr, HALVINGS: tl.constexpr):
-    """``total * SUM + word``, over and over, so that every word's place counts.
+    """The total after a word more, so that every word's place counts and none that changed alone is lost.
 
-    A thread's own neighbours are taken in one by one, 2 to the power of ``HALVINGS``, so that it keeps one total for them.
+    A thread's own neighbours, 2 to the power of ``HALVINGS``, are taken in at once, so that it keeps one total for them:
+    where they are 16 bytes, two multiplications suffice.
     """
     if HALVINGS == 0:
-        return _plus(_plus(total, word, False, DTYPE), word, True, DTYPE)
-    elif HALVINGS == 1:
-        even, odd = _halves(word)
-        return _plus(_plus(total, even, False, DTYPE), odd, True, DTYPE)
+        first, second = _two(word, DTYPE)
+        return (total * SUM + first) * SUM + _turned(second)
     else:
         even, odd = _halves(word)
-        first, third = _halves(even)
-        second, fourth = _halves(odd)
-        total = _plus(_plus(total, first, False, DTYPE), second, False, DTYPE)
-        return _plus(_plus(total, third, False, DTYPE), fourth, True, DTYPE)
+        if DTYPE == tl.float32:
+            first, second = _two(even, DTYPE)
+            third, fourth = _two(odd, DTYPE)
+        else:
+            first, third = _halves(even.to(tl.uint32))
+            second, fourth = _halves(odd.to(tl.uint32))
+        return ((total * SUM + first) ^ second ^ _turned(third)) * SUM + fourth
 
 
 @triton.jit
@@ -390,13 +419,15 @@ def _pass(
         pair = start + tl.arange(0, PAIRS)[None, :]
         here = inside[:, None] & (pair < right)
         if PACKED:
-            word = tl.load(at + pair, mask=here, other=0)
+            word = tl.load(at + pair) if WHOLE else tl.load(at + pair, mask=here, other=0)
             found_total = _add_up(found_total, word, DTYPE, HALVINGS)
             if HOW != READ:
                 radius, cosine, sine = _normals(pair, first, second, APPROX)
                 word = _moved(word, radius, cosine, sine, std, rho, delta, step, HOW, DTYPE, APPROX)
-                tl.store(at + pair, word, mask=here)
-                if not WHOLE:
+                if WHOLE:
+                    tl.store(at + pair, word)
+                else:
+                    tl.store(at + pair, word, mask=here)
                     word = tl.where(pair < right, word, 0)
                 left_total = _add_up(left_total, word, DTYPE, HALVINGS)
         else:

@@ -177,21 +177,22 @@ class Launch:
 
     def __init__(self, device: torch.device, kind: Kind, members: list[Entry]):
         self.kind = kind
-        table, heights, offset, self.scratch = [], [], 0, 0
+        # the scratch: AA^T of every member, float32, and behind them the copies of A
+        table, heights, offset, self.scratch = [], [], 0, len(members) * kind.rank**2 * 4 // kind.dtype.itemsize
         for member in members:
             row = member.row
             table.append(row._replace(std=offset, scratch=self.scratch))
             heights.append(row.rows)
             offset, self.scratch = offset + row.rows, self.scratch + (row.rank * row.columns + 7) // 8 * 8
         shapes = tuple((member.row.rows, member.row.columns) for member in members)
-        self.size, self.finds = len(members), not all(member.given for member in members)
+        self.finds = not all(member.given for member in members)
         self.table = upload(table, device)
         self.tiles = _tiles(shapes, ROWS, SPAN.value, device)
         self.norm_tiles = _tiles(shapes, NORM_ROWS, None, device)
         self.stds = torch.zeros(offset, dtype=torch.float32, device=device)
         self.stds_of: tuple[Tensor, ...] = torch.split(self.stds.unsqueeze(1), heights)
         self.sums = torch.zeros(len(self.tiles) * ROWS * 2, dtype=torch.int32, device=device)
-        self.whole = kind.packed and all(columns // 2 % PAIRS == 0 for _, columns in shapes)
+        self.whole = kind.packed and all(m % ROWS == 0 and n // 2 % PAIRS == 0 for m, n in shapes)
         # a thread reads 16 bytes at a time: that many words have one total
         self.halvings = 0 if not kind.packed else 1 if kind.dtype == torch.float32 else 2
         self._of_move = self.table, self.tiles, self.stds, delta_table(device), self.sums
@@ -201,7 +202,7 @@ class Launch:
         kind, dtype, b_dtype, rank = self.kind, DTYPES[self.kind.dtype], DTYPES[self.kind.b_dtype], self.kind.rank
         prepare_depth, depth = PREPARE_DEPTH * 16 // rank, max(32, NORM_DEPTH * 16 // rank)
         constants: tuple[Any, ...] = dtype, DTYPES[kind.a_dtype], rank, prepare_depth, APPROX
-        self._prepare = Kernel(kernels.prepare, self.size, constants, num_stages=PREPARE_STAGES)
+        self._prepare = Kernel(kernels.prepare, len(self.stds_of), constants, num_stages=PREPARE_STAGES)
         constants = kind.packed, dtype, b_dtype, rank, NORM_ROWS, depth, APPROX
         programs, options = len(self.norm_tiles), {"num_warps": NORM_WARPS, "num_stages": NORM_STAGES}
         self._norms = Kernel(kernels.norms, programs, constants, **options)
@@ -214,11 +215,9 @@ class Launch:
         """Find the standard deviations that are not given."""
         if not self.finds:
             return
-        kind, device, rank = self.kind, self.stds.device, self.kind.rank
-        scratch = torch.empty(max(self.scratch, 1), dtype=kind.dtype, device=device)
-        grams = torch.empty(self.size, rank, rank, dtype=torch.float32, device=device)
-        self._prepare(self.table, scratch, grams)
-        self._norms(self.table, self.norm_tiles, self.stds, scratch, grams, float(sigma))
+        scratch = torch.empty(self.scratch, dtype=self.kind.dtype, device=self.stds.device)
+        self._prepare(self.table, scratch)
+        self._norms(self.table, self.norm_tiles, self.stds, scratch, float(sigma))
 
     def move(self, how: constexpr, stage: constexpr, key: Key, sigma: float, marks: Tensor) -> None:
         """See ``kernels.move``."""
@@ -247,7 +246,8 @@ class Kernel:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    # by its number, as torch would look long for that of a torch.device
+    return torch.cuda.device(device.index) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,8 +21,9 @@ def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    """This rank's part of a sharded tensor, without autograd, but with its version counter; any other tensor itself."""
+    # to_local() makes a new tensor for autograd, and detach() of a DTensor one with a counter of its own: slow, each step
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
@@ -58,7 +59,10 @@ def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
 
 
 def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
-    """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
+    """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here.
+
+    Of any update, one by one; most are of the kind that :mod:`.gathering` takes together.
+    """
     if not is_sharded(weight):
         return update
     from torch.distributed.tensor import DTensor, Replicate

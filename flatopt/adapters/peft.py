@@ -359,8 +359,9 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
     A, B = lora_A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
     holder = modules["lora_magnitude_vector"]._modules.get(name)
     magnitude = None if holder is None else holder._parameters.get("weight")
-    if not (_is_known(A) and _is_known(B) and (holder is None or _is_known(magnitude))):
-        return None
+    for parameter in (A, B) if holder is None else (A, B, magnitude):
+        if type(parameter) is not nn.Parameter and (parameter is None or not is_sharded(parameter)):
+            return None
     return A, B, layer["scaling"][name], magnitude
 
 
@@ -369,16 +370,14 @@ def _in_factors(variant: Any) -> bool:
     return variant is None or type(variant).__name__.startswith(FACTORED_VARIANTS)
 
 
-def _is_known(parameter: Tensor | None) -> bool:
-    """Whether it and its memory tell all that follows from it. Making a sharded tensor a matrix may take other ranks."""
-    return type(parameter) is nn.Parameter or (parameter is not None and is_sharded(parameter) and parameter.dim() <= 2)
-
-
 def _memory(parameter: Tensor | None) -> Any:
-    if parameter is None or not _is_known(parameter):
+    if type(parameter) is nn.Parameter:
+        mine: Tensor = parameter
+    elif parameter is not None and is_sharded(parameter) and parameter.dim() <= 2:  # making a matrix of more may take others
+        mine = local(parameter)
+    else:
         return object()
-    mine = parameter if type(parameter) is nn.Parameter else local(parameter)
-    return id(parameter), mine.data_ptr(), parameter.dtype, parameter.numel()
+    return id(parameter), mine.data_ptr(), mine.dtype, mine.numel()
 
 
 def _key(weight: AdaptedWeight) -> Any:

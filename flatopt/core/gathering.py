@@ -23,12 +23,13 @@ def is_split_as(update: "WeightUpdate", weight: Tensor, layout: str) -> bool:
     """
     if not is_sharded(weight) or layout != "rows" or not _splits_first_dimension(weight):
         return False
-    if update.dense is not None or update.alpha is not None or (weight.dim() > 2 and not weight.is_contiguous()):
+    scaled = any(isinstance(scaling, Tensor) for _, _, scaling in update.factors)
+    if scaled or update.dense is not None or update.alpha is not None or (weight.dim() > 2 and not weight.is_contiguous()):
         return False
     of_rows = [B for B, _, _ in update.factors] + ([] if update.row_norm is None else [update.row_norm])
+    sharded = [A for _, A, _ in update.factors if is_sharded(A)]
     return all(_lie_alike(tensor, weight) for tensor in of_rows) and all(
-        (not is_sharded(A) or _splits_first_dimension(A)) and not (isinstance(s, Tensor) and is_sharded(s))
-        for _, A, s in update.factors
+        A.numel() > 0 and A.is_contiguous() and _splits_first_dimension(A) for A in sharded
     )
 
 
@@ -83,28 +84,27 @@ class Gathering:
 
 
 class _Bucket:
-    """Those of one process group, device and dtype. A rank sends as many rows of each as the one with the most has."""
+    """Those of one process group, device and dtype. Each rank sends as much of an A as the one with the most of it has."""
 
     def __init__(self, group: "ProcessGroup", sharded: "list[DTensor]"):
         self.sharded, self._group = sharded, group
-        world = group.size()
-        shares = [-(-A.shape[0] // world) * A.shape[1:].numel() for A in sharded]  # as torch.chunk splits rows
-        like = local(sharded[0])
-        self._shares = shares
-        self._memory = like.new_empty(world * sum(shares))
-        parts = self._memory.split([world * share for share in shares])
-        self._parts = [part.view(world, -1) for part in parts]
+        heights = [-(-A.shape[0] // group.size()) for A in sharded]  # rows of a rank, as torch.chunk splits them
+        self._holders = max(-(-A.shape[0] // height) for A, height in zip(sharded, heights))  # ranks after them have none
+        self._shares = [height * A.shape[1:].numel() for A, height in zip(sharded, heights)]
+        sizes = [self._holders * share for share in self._shares]
+        parts = local(sharded[0]).new_empty(sum(sizes)).split(sizes)
+        self._parts = [part.view(self._holders, -1) for part in parts]
         self.whole = [part[: A.numel()].view(A.shape) for A, part in zip(sharded, parts)]
-        missing = [share - local(A).numel() for A, share in zip(sharded, shares)]
-        zeros = like.new_zeros(max(missing))
-        self._padding = [zeros[:n] for n in missing]
+        flat = [local(A).detach().view(-1) for A in sharded]
+        padded = ((part, part.new_zeros(share - part.numel())) for part, share in zip(flat, self._shares))
+        self._sent = [part for pair in padded for part in pair if part.numel()]
 
     def gather(self) -> None:
-        gathered = torch.empty_like(self._memory).view(self._group.size(), -1)  # given back: the forward can have it
+        # given back after the copy: the forward can have it
+        gathered = self._parts[0].new_empty(self._group.size(), sum(self._shares))
         mine = gathered[self._group.rank()]
-        shards = [local(A).reshape(-1) for A in self.sharded]
-        torch.cat([t for pair in zip(shards, self._padding) for t in pair], out=mine)
+        torch.cat(self._sent, out=mine)
         # all_gather_into_tensor is its name in older torch
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(gathered.view(-1), mine, self._group)
-        torch.split_with_sizes_copy(gathered, self._shares, dim=1, out=self._parts)
+        torch.split_with_sizes_copy(gathered[: self._holders], self._shares, dim=1, out=self._parts)

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
     from .weight import AdaptedWeight, WeightUpdate
 
-PLAIN = (Tensor, nn.Parameter)
+_sharded: dict[type, bool] = {Tensor: False, nn.Parameter: False}  # of classes seen: asked of every parameter each step
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
-    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+    kind = type(tensor)
+    known = _sharded.get(kind)
+    if known is None:
+        known = _sharded[kind] = hasattr(kind, "device_mesh") and hasattr(kind, "placements")
+    return known
 
 
 def local(tensor: Tensor) -> Tensor:

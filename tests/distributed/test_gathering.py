@@ -86,7 +86,8 @@ def noise(rank, mesh=None, config=None, change=nothing, between=nothing, split=s
 
     ``between``: what befalls both models after each step.
     """
-    mesh = dist.device_mesh.init_device_mesh("cpu", mesh or (dist.get_world_size(),))
+    shape = mesh or (dist.get_world_size(),)
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     twin, model = (prepared(config or {}, change) for _ in range(2))
     model = split(model, mesh)
     both = [(each, make(each, **(options or {}))) for each in (model, twin)]
@@ -216,7 +217,11 @@ def on_three(rank):
     return {**{name: noise(rank, **run) for name, (run, _) in RUNS.items()}, "faults": faults(rank)}
 
 
-HYBRID = {"2 x 2": {"mesh": (2, 2)}, "4 x 1": {"mesh": (4, 1)}, "2 x 2, dora": {"mesh": (2, 2), "config": {"use_dora": True}}}
+HYBRID = {  # copies of the model x ranks that share one
+    "2 x 2": {"mesh": (2, 2)},
+    "4 x 1": {"mesh": (4, 1)},
+    "2 x 2, dora": {"mesh": (2, 2), "config": {"use_dora": True}},
+}
 
 
 def on_four(rank):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.sharding import is_sharded, local
 from ..core.weight import AdaptedWeight, Factors, WeightUpdate
 from .base import Singleton, joined
 from .quantized import format_of, packed_name, shaped
@@ -149,8 +150,7 @@ class Peft(Singleton):
                 continue
             A, B, scaling, magnitude = plain
             # in_features and out_features are the layer's, so that the number of elements tells the shape
-            of_A, of_B = (id(A), A.data_ptr(), A.dtype, A.numel()), (id(B), B.data_ptr(), B.dtype, B.numel())
-            keys.append((scaling, of_A, of_B, None if magnitude is None else _memory(magnitude)))
+            keys.append((scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)))
         return keys
 
     def is_merged(self, layer: Any) -> bool:
@@ -359,10 +359,9 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
     A, B = lora_A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
     holder = modules["lora_magnitude_vector"]._modules.get(name)
     magnitude = None if holder is None else holder._parameters.get("weight")
-    if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
-        return None
-    if holder is not None and type(magnitude) is not nn.Parameter:
-        return None
+    for parameter in (A, B) if holder is None else (A, B, magnitude):
+        if type(parameter) is not nn.Parameter and (parameter is None or not is_sharded(parameter)):
+            return None
     return A, B, layer["scaling"][name], magnitude
 
 
@@ -372,9 +371,13 @@ def _in_factors(variant: Any) -> bool:
 
 
 def _memory(parameter: Tensor | None) -> Any:
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) is nn.Parameter:
+        mine: Tensor = parameter
+    elif parameter is not None and is_sharded(parameter) and parameter.dim() <= 2:  # making a matrix of more may take others
+        mine = local(parameter)
+    else:
         return object()
-    return id(parameter), parameter.data_ptr(), parameter.dtype, parameter.numel()
+    return id(parameter), mine.data_ptr(), mine.dtype, mine.numel()
 
 
 def _key(weight: AdaptedWeight) -> Any:

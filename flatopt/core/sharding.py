@@ -13,16 +13,21 @@ if TYPE_CHECKING:
 
     from .weight import AdaptedWeight, WeightUpdate
 
-PLAIN = (Tensor, nn.Parameter)
+_sharded: dict[type, bool] = {Tensor: False, nn.Parameter: False}  # of classes seen: asked of every parameter each step
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
-    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+    kind = type(tensor)
+    known = _sharded.get(kind)
+    if known is None:
+        known = _sharded[kind] = hasattr(kind, "device_mesh") and hasattr(kind, "placements")
+    return known
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    """This rank's part of a sharded tensor, without autograd, but with its version counter; any other tensor itself."""
+    # to_local() makes a new tensor for autograd, and detach() of a DTensor one with a counter of its own: slow, each step
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def splits_rows_only(weight: Tensor, row_dims: "tuple[int, ...]") -> bool:
@@ -58,7 +63,10 @@ def summed_over_shards(total: Tensor, weight: Tensor) -> Tensor:
 
 
 def local_update(update: "WeightUpdate", weight: Tensor) -> "WeightUpdate":
-    """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here."""
+    """The rows of an update that belong to this rank's rows of ``weight``. Gathers A, so every rank must come here.
+
+    Of any update, one by one; most are of the kind that :mod:`.gathering` takes together.
+    """
     if not is_sharded(weight):
         return update
     from torch.distributed.tensor import DTensor, Replicate

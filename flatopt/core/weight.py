@@ -62,7 +62,7 @@ class AdaptedWeight:
     @property
     def weight(self) -> Tensor:
         """This rank's part, without autograd, but with its version counter: what a graph saved is known to have changed."""
-        return local(self.parameter.detach())
+        return local(self.parameter).detach()
 
     def rows(self, weight: Tensor | None = None) -> Tensor:
         """The 2-D view, rows = outputs, columns = fan-in, of the weight, or of a tensor like it, strides and all."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.quantized import data_ptr, format_of
 from ..core.checks import check, check_lasting
-from ..core.sharding import first_row, local, local_update
-from ..core.weight import AdaptedWeight, WeightView, in_memory_order
+from ..core.gathering import Gathering, is_split_as
+from ..core.sharding import first_row, is_sharded, local, local_update
+from ..core.weight import AdaptedWeight, WeightUpdate, WeightView, in_memory_order
 from ..ops import Plan, plan
 from .forward import ForwardPlan
 
@@ -36,6 +37,8 @@ class GroupLook:
         self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
         self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
         self._keys: list[Any] = []  # of each batch's updates
+        self._split: dict[WeightView, WeightUpdate] = {}  # sharded updates, as told
+        self._gathering: Gathering | None = None  # of their A's; None: not made since one was told
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
@@ -53,7 +56,7 @@ class GroupLook:
             for weight, now, then in zip(weights, identities, before):
                 if now != then:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
-        tensors = [p.detach() if type(p) is nn.Parameter else local(p.detach()) for p in parameters]
+        tensors = [p.detach() if type(p) is nn.Parameter else local(p).detach() for p in parameters]
         # in columns: a list a property costs a third of a tuple a weight
         seen: list[Any] = [
             identities,
@@ -62,7 +65,7 @@ class GroupLook:
             [t.shape for t in tensors],
             [t.stride() for t in tensors],
             [p.requires_grad for p in parameters],
-            [t._version for t in tensors],
+            versions(parameters, tensors),
         ]
         if seen != self._seen:
             rows: list[Any] = list(zip(*seen))
@@ -91,6 +94,7 @@ class GroupLook:
 
     def _by_adapter(self, views: "list[WeightView]") -> None:
         self.views, self._keys, self.plans = views, [], []
+        self._split, self._gathering = {}, None
         batches: dict[int, list[WeightView]] = {}
         for view in views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
@@ -111,7 +115,7 @@ class GroupLook:
         self.plans += [ForwardPlan(inside, noise)] if inside else []
 
     def _look_at_updates(self) -> None:
-        """Ask for the updates that are not the same tensors as before."""
+        """Ask for the updates that are not the same tensors as before, and gather what is sharded of all."""
         self._keys = self._keys or [None] * len(self._batches)
         for number, (adapter, views, weights) in enumerate(self._batches):
             keys, known = adapter.update_key(weights), self._keys[number]
@@ -119,7 +123,19 @@ class GroupLook:
                 old = [None] * len(views) if keys is None or known is None else known
                 news = [view for view, now, then in zip(views, keys or old, old) if then is None or now != then]
                 self._ask(adapter, news)
-                self._keys[number] = keys
+                self._keys[number] = keys and [self._kept(view, key) for view, key in zip(views, keys)]
+        if self._gathering is None:
+            split = [(view, self._split[view]) for view in self.views if view in self._split]  # in the order of all ranks
+            gathering = Gathering(A for _, update in split for _, A, _ in update.factors)
+            for view, update in split:
+                view.update = gathering.of(update)
+            self._gathering = gathering
+        self._gathering.gather()
+
+    def _kept(self, view: WeightView, key: Any) -> Any:
+        """The key of an update that is kept; of one that was gathered by itself, which has to be each step, no key."""
+        assert view.parameter is not None
+        return object() if is_sharded(view.parameter) and view not in self._split else key
 
     def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
         for view in views:
@@ -127,18 +143,24 @@ class GroupLook:
                 check(view.weight, in_forward=True)
         for view, update in zip(views, adapter.updates([view.weight for view in views])):
             assert view.parameter is not None
+            self._gathering = None
+            if is_split_as(update, view.parameter, view.weight.layout):
+                self._split[view] = update
+                continue
+            self._split.pop(view, None)
             mine = local_update(update, view.parameter)
             view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
 
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""
         if self.tensors:
-            self._seen[-1] = [tensor._version for tensor in self.tensors]
+            self._seen[-1] = versions(self.parameters, self.tensors)
 
     def written_to(self) -> "list[WeightView]":
-        if not self.tensors or [tensor._version for tensor in self.tensors] == self._seen[-1]:
+        now = versions(self.parameters, self.tensors)
+        if not self.tensors or now == self._seen[-1]:
             return []
-        moved = {id(view) for view, t, version in zip(self._known, self.tensors, self._seen[-1]) if t._version != version}
+        moved = {id(view) for view, version, known in zip(self._known, now, self._seen[-1]) if version != known}
         return [view for view in self.views if id(view) in moved and not view.weight.version_moves]
 
     def replaced(self) -> "list[WeightView]":
@@ -149,13 +171,13 @@ class GroupLook:
         if not self.tensors:
             return []
         parameters = standing(self._weights)
-        if all(map(operator.is_, parameters, self.parameters)) and [p.data_ptr() for p in self.parameters] == self._seen[1]:
+        if all(map(operator.is_, parameters, self.parameters)) and addresses(self.parameters) == self._seen[1]:
             return []
         gone = set()
         for view, here, there in zip(self._known, parameters, self.parameters):
             if view.tensor is None:
                 continue
-            now = None if here is None else local(here.detach())
+            now = None if here is None else local(here).detach()
             if now is not None and now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
                 # asked before the first bit goes back, and not again where that has to be tried twice
                 self._moved[id(view)] = view.weight.rebuilt or (here is there and _same_values(view.tensor, now))
@@ -177,7 +199,7 @@ class GroupLook:
         if self._moved:
             for view, parameter in zip(self._known, standing(self._weights)):
                 if parameter is not None and view.tensor is not None and self._moved.get(id(view)):
-                    now = local(parameter.detach())
+                    now = local(parameter).detach()
                     if now.shape == view.tensor.shape:
                         now.copy_(view.tensor)
             self._moved = {}
@@ -188,6 +210,16 @@ class GroupLook:
         self.parameters, self.tensors, self._moved = [], [], {}
         for view in self._known:
             view.parameter = view.tensor = view.rows = None
+
+
+def addresses(parameters: "list[Tensor]") -> "list[int]":
+    return [p.data_ptr() if type(p) is nn.Parameter else local(p).data_ptr() for p in parameters]
+
+
+def versions(parameters: "list[Tensor]", tensors: "list[Tensor]") -> "list[Any]":
+    """What a write moves: the counter of a parameter, which its tensor shares. A DTensor's own operations move that of the
+    DTensor alone, others that of its local tensor."""
+    return [t._version if type(p) is nn.Parameter else (t._version, p._version) for t, p in zip(tensors, parameters)]
 
 
 def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":

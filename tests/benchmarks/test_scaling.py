@@ -1,6 +1,7 @@
 """The scaling benchmark with gloo: what it counts is what the arithmetic says, and a failure is told."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ def test_ddp_sends_nothing_more(ddp):
     assert calls(rank, "plain step")["allreduce"] >= 1  # the counting sees what C++ calls in backward
 
 
-def test_fsdp2_gathers_each_a_once_a_step_and_nothing_else(fsdp2):
+def test_fsdp2_gathers_all_as_in_one_call_a_step_and_nothing_else(fsdp2):
     for rank in fsdp2:
-        assert calls(rank, "perturb") == {"all_gather_into_tensor": rank["layers"]}
+        assert calls(rank, "perturb") == {"allgather_base": 1}
         assert calls(rank, "restore") == {}
-        assert calls(rank, "flat step") == {**calls(rank, "plain step"), **calls(rank, "perturb")}
+        assert calls(rank, "flat step") == Counter(calls(rank, "plain step")) + Counter(calls(rank, "perturb"))
         added, plain = (rank["collectives"][where]["received_bytes"] for where in ("flat step", "plain step"))
         # q, k, v, o, gate, up read 128 inputs, down 352; rank 8, fp32, two layers; half of it comes from the other rank
         assert rank["a_bytes"] == 2 * (6 * 128 + 352) * 8 * 4

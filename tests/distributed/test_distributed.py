@@ -253,8 +253,8 @@ def fsdp_communication(rank):
     return counts, restoring.get_total_counts()
 
 
-def test_perturb_gathers_each_a_factor_and_sends_nothing_else(on_two_ranks):
-    assert on_two_ranks("fsdp communication") == [({"all_gather_into_tensor": 3}, 0)] * 2
+def test_perturb_gathers_all_a_factors_at_once_and_sends_nothing_else(on_two_ranks):
+    assert on_two_ranks("fsdp communication") == [({"_allgather_base_": 1}, 0)] * 2
 
 
 def fsdp_exception(rank):

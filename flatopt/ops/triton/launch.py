@@ -22,7 +22,7 @@ from .kernels import ADD, APPROX, PERTURB, READ, RESTORE, RESUME, SPAN, SUBTRACT
 from .table import DTYPES, Entry, Kind, entry, upload
 
 # What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
-ROWS, PAIRS, WARPS = 16, 64, 4
+ROWS, PAIRS, WARPS = 8, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
 CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # before, constants were left out of the call

@@ -144,7 +144,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
-        myself = weakref.ref(self)
+        self._weights.optimizer = myself = weakref.ref(self)
 
         def perturb() -> None:
             if (optimizer := myself()) is not None:

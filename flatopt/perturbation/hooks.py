@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
-from ..core.sharding import is_fsdp_module
+from ..core.sharding import fsdp_modules, is_fsdp_module
 from .gradient_cache import FirstPass
 from .stack import (
     calls_itself,
@@ -26,6 +26,7 @@ from .stack import (
     in_backward,
     in_training_module,
     is_distributed,
+    reads_in_backward,
     refuse_transforms,
     running_modules,
 )
@@ -53,6 +54,7 @@ class Doors:
         self.first_pass = FirstPass()
         self._memory: set[int] = set()
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+        self.reader: nn.Module | None = None  # a root that reads W inside backward
         self.within = False  # whether there are any: torch.compile keeps code for each value
         self.trained = False  # whether a training forward began since this was last set
         self.adapters_changed = False  # maybe: somebody called a method that can
@@ -95,8 +97,8 @@ class Doors:
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
 
-    def recomputed(self, module: nn.Module) -> None:
-        """A forward inside backward repeats one that was made before: it must find the same W."""
+    def in_backward(self, module: nn.Module) -> bool:
+        """A forward inside backward repeats one that was made before and must find the same W; or it is a reader's: true."""
         weights = self.weights
         assert weights is not None
         if weights.partly:
@@ -104,8 +106,17 @@ class Doors:
                 f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier "
                 "restore failed. Call optimizer.restore() and begin the step anew"
             )
-        if weights.held or not (torch.is_grad_enabled() and module.training):
-            return
+        if weights.held:
+            return False
+        if not (torch.is_grad_enabled() and module.training):
+            reads = weights.noisy and reads_in_backward()
+            if reads and fsdp_modules(weights.roots):
+                raise RuntimeError(
+                    f"{type(module).__name__} was called without gradients by a hook inside backward, when its base weights "
+                    "are perturbed and FSDP2 has gathered them for the backward: they cannot be made clean there. Call it "
+                    "after the backward, or inside `with optimizer.perturbed():` if it may see the noise"
+                )
+            return reads
         if weights.state == CLEAN or module in self.ran_clean:
             raise RuntimeError(
                 f"{type(module).__name__} ran its forward without gradients on clean weights and is now run again, in "
@@ -115,6 +126,21 @@ class Doors:
             )
         if weights.state == SUSPENDED:
             weights.resume()
+        return False
+
+    def read_this_once(self, module: nn.Module) -> None:
+        """Clean W for this one forward, inside backward: what comes after it there needs W + ε."""
+        weights = self.weights
+        assert weights is not None
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if output is not None:  # where a forward raised, torch walks through its hooks: it goes with the next
+                handle.remove()
+            if in_backward():
+                weights.resume()
+
+        weights.suspend()
+        handle = module.register_forward_hook(after, always_call=True)
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
@@ -226,7 +252,9 @@ class BeforeRoot(Hook):
                 )
             return
         if in_backward():
-            doors.recomputed(module)
+            if doors.in_backward(module):
+                doors.reader = module
+                doors.weights.suspend()
             return
         if module in doors.inside and calls_itself(module):
             doors.around.append((module, doors.trains.get(module, trains)))
@@ -265,6 +293,9 @@ class AfterRoot(Hook):
             return
         trains = doors.trains.get(module)
         if in_backward():
+            if doors.reader is module:
+                doors.reader = None
+                doors.weights.resume()
             return
         if doors.around and doors.around[-1][0] is module and calls_itself(module):
             doors.trains[module] = doors.around.pop()[1]
@@ -300,7 +331,8 @@ class BeforeOwner(Hook):
         if weights.held and weights.noisy and not weights.partly:
             return
         if in_backward():
-            doors.recomputed(module)
+            if doors.in_backward(module) and not compiled:
+                doors.read_this_once(module)
             return
         trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
         doors.settle(module, trains if around is None else around)

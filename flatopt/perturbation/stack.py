@@ -5,9 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 _CALL = nn.Module._wrapped_call_impl.__code__
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_FUNCTION_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
 def enclosing_forward(roots: "Mapping[nn.Module, bool]") -> "bool | None":
@@ -95,6 +98,24 @@ def in_transform() -> bool:
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def reads_in_backward() -> bool:
+    """Whether a forward inside backward, without gradients or in eval mode, is a reader's; or repeats one made before.
+
+    A hook's (of a tensor, a module, a parameter) reads. In what a non-reentrant checkpoint runs again gradients are on, so
+    who turned them off reads, as in the first forward. What an ``autograd.Function`` runs must find what its forward found:
+    a reversible layer makes its input again without gradients.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        code = frame.f_code
+        if code is _FUNCTION_BACKWARD or _is_function_forward(frame):
+            return False
+        if code.co_name == "unpack_hook" and code.co_filename == torch.utils.checkpoint.__file__:
+            return not torch.is_grad_enabled()
+        frame = frame.f_back
+    return True
 
 
 def backwards_so_far() -> int:

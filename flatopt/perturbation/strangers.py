@@ -112,12 +112,15 @@ class BeforeStranger(Hook):
         if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
             return
         if doors.weights.noisy and not doors.weights.held:
-            _read_clean(doors, module)
+            _read_clean(doors, module, torch.compiler.is_compiling())
 
 
 @torch.compiler.disable
-def _read_clean(doors: Doors, module: nn.Module) -> None:
-    if not in_backward() and not (module.training and in_autograd_function()):
+def _read_clean(doors: Doors, module: nn.Module, compiled: bool) -> None:
+    if in_backward():
+        if not compiled and doors.in_backward(module):
+            doors.read_this_once(module)
+    elif not (module.training and in_autograd_function()):
         doors.settle(module, False)
 
 

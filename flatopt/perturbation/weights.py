@@ -27,14 +27,8 @@ CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    with uninterrupted(), writing():
-        yield
-
-
 class PerturbedWeights:
-    """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer.
+    """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer, but while they move.
 
     ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
     come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state
@@ -49,6 +43,7 @@ class PerturbedWeights:
         self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
         self.thread = 0  # that perturbed them
         self.taken_over = ""  # a weight that a newer optimizer perturbs now
+        self.optimizer: Callable[[], Any] = lambda: None  # a weak reference to it
         self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
@@ -75,7 +70,7 @@ class PerturbedWeights:
         if self.state == SUSPENDED:
             self.resume()
             return
-        with self._lock, _writing():
+        with self._moving():
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
@@ -98,7 +93,7 @@ class PerturbedWeights:
         """
         if self.state == CLEAN:
             return
-        with self._lock, _writing():
+        with self._moving():
             self.reshard()
             replaced, written = self._replaced(), []
             if self.state == PERTURBED:
@@ -119,7 +114,7 @@ class PerturbedWeights:
             self.restore()
         if self.state != PERTURBED:
             return
-        with self._lock, _writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
@@ -135,7 +130,7 @@ class PerturbedWeights:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
-        with self._lock, _writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
@@ -160,6 +155,13 @@ class PerturbedWeights:
                 raise
             self._kept_versions, self._swapped = [], []
             self._note_versions()
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
+        with self._lock, uninterrupted(), writing():
+            yield
+        del optimizer
 
     def _bits_back(self) -> "list[WeightView]":
         """Every piece clean. Returns the weights that somebody wrote to."""
@@ -293,7 +295,7 @@ class PerturbedWeights:
             try:
                 self.restore()
             finally:
-                with _writing():
+                with self._moving():
                     self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)

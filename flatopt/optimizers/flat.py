@@ -152,7 +152,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
-        listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
+        listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
         listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost

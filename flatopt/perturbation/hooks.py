@@ -18,7 +18,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
 from ..core.sharding import fsdp_modules, is_fsdp_module
+from ..core.warn import warn_user
 from .gradient_cache import FirstPass
+from .noisy_layers import installed
 from .stack import (
     calls_itself,
     enclosing_forward,
@@ -26,6 +28,7 @@ from .stack import (
     in_backward,
     in_training_module,
     is_distributed,
+    pickled_for_a_process,
     reads_in_backward,
     refuse_transforms,
     running_modules,
@@ -51,6 +54,7 @@ class Doors:
         self.strangers: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
         self.wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of these inside and run as one
         self.looked = False  # for strangers
+        self.told_of_sharing = False  # memory with other processes
         self.first_pass = FirstPass()
         self._memory: set[int] = set()
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
@@ -179,6 +183,14 @@ class Doors:
         """Whether ``tensor`` shares memory with a weight."""
         return isinstance(tensor, Tensor) and storage_of(tensor) in self._memory
 
+    def tell_of_sharing(self) -> None:
+        if self.weights is not None and not self.told_of_sharing:
+            self.told_of_sharing = True
+            warn_user(
+                "another process is given a module whose base weights FlatPerturbOptimizer perturbs, and shares their "
+                "memory: amid a step it sees their noise. Give it a copy (copy.deepcopy(module))"
+            )
+
     def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
         """The weights and what else shares their memory, each with a module that holds it."""
         mine = [(w.owner, w.parameter) for w in self.weights.weights()] if self.weights is not None else []
@@ -216,7 +228,9 @@ class Hook:
         corrections = []
         doors = self.doors
         weights = doors.weights if doors is not None else None
-        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
+        if doors is not None and pickled_for_a_process():
+            doors.tell_of_sharing()
+        elif doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
             weights.suspend()
             # the pickler may have written W before it came here: what it writes now puts W right when it is loaded
             corrections = [_Correction(p) for module, p in doors.parameters() if self._sits_on(module)]
@@ -335,7 +349,10 @@ class BeforeOwner(Hook):
                 doors.read_this_once(module)
             return
         trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
+        new = installed(module) is None
         doors.settle(module, trains if around is None else around)
+        if new and installed(module) is not None:
+            _answer_anew(module)
         doors.trained = doors.trained or weights.noisy
         if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
@@ -346,6 +363,16 @@ class BeforeOwner(Hook):
                 doors.resume_in_backward(output)
 
             handles.append(module.register_forward_hook(after))
+
+
+def _answer_anew(module: nn.Module) -> None:
+    """For a layer given its noisy forward amid a call, when torch had looked up its own: its output is made again."""
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        handle.remove()
+        return module.forward(*args, **kwargs)
+
+    handle = module.register_forward_hook(after, prepend=True, with_kwargs=True)
 
 
 @torch.compiler.disable

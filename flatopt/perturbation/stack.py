@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from multiprocessing import reduction
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 _CALL = nn.Module._wrapped_call_impl.__code__
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_TO_PROCESSES = {reduction.dump.__code__, reduction.ForkingPickler.dumps.__code__}
 _FUNCTION_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
@@ -116,6 +118,16 @@ def reads_in_backward() -> bool:
             return not torch.is_grad_enabled()
         frame = frame.f_back
     return True
+
+
+def pickled_for_a_process() -> bool:
+    """Whether what is being pickled goes to another process (a spawned worker, a queue), which shares tensors' memory."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _TO_PROCESSES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def backwards_so_far() -> int:

@@ -28,7 +28,7 @@ _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
 class PerturbedWeights:
-    """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer, but while they move.
+    """All weights of an optimizer's groups and the plans that move them. Holds a reference to the optimizer while they move alone.
 
     ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
     come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state

@@ -35,7 +35,7 @@ def garbage(model, restore):
 
 
 @pytest.mark.parametrize(
-    "move, restore", [("suspend", "reversible"), ("resume", "reversible"), ("resume", "copy"), ("restore", "copy")]
+    ("move", "restore"), [("suspend", "reversible"), ("resume", "reversible"), ("resume", "copy"), ("restore", "copy")]
 )
 def test_at_any_operation_of_a_move(model, before, move, restore):
     k, operations = 0, 1

@@ -1,9 +1,11 @@
 """Exported, traced, scripted and differentiated models, and weights that are no plain tensors: right or refused."""
 
+import collections
 import contextlib
 import dataclasses
 import gc
 import inspect
+import types
 import weakref
 
 import pytest
@@ -415,7 +417,33 @@ def in_a_circle(y):
     return found
 
 
-@pytest.mark.parametrize("made", [Slots, in_a_circle], ids=["slots", "in a circle"])
+class Plain:
+    def __init__(self, logits):
+        self.logits, self.itself = logits, self
+
+
+class OwnSlots:
+    __slots__ = ("__hidden", "empty")
+
+    def __init__(self, logits):
+        self.__hidden = logits
+
+    @property
+    def logits(self):
+        return self.__hidden
+
+
+OUTPUTS = {
+    "slots": Slots,
+    "a dict in a circle": in_a_circle,
+    "an object": Plain,
+    "slots of its own": OwnSlots,
+    "a namespace in a list": lambda y: [types.SimpleNamespace(logits=y)],
+    "a UserDict": lambda y: collections.UserDict(logits=y),
+}
+
+
+@pytest.mark.parametrize("made", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs_that_are_not_plain(made, before, model):
     class Wrapped(nn.Module):
         def __init__(self):
@@ -428,7 +456,8 @@ def test_outputs_that_are_not_plain(made, before, model):
     root = Wrapped()
     optimizer = wrap(root)
     output = root(batch()[0])
-    logits = output.logits if made is Slots else output["logits"]
+    output = output[0] if isinstance(output, list) else output
+    logits = output.logits if hasattr(output, "logits") else output["logits"]
     with torch.no_grad():
         root(batch()[0])
     logits.square().sum().backward()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
 
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
@@ -167,9 +168,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             handles.append(register(_weakly(myself, hook)))
         layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
         methods = dict.fromkeys(method for adapter, layer in layers for method in adapter.guarded_methods(layer))
-        release = guard(methods, self._doors.clean_inside)
+        releases = [
+            guard(methods, self._doors.clean_inside),
+            guard([(AveragedModel, "update_parameters")], self._doors.clean_for_a_reader),
+        ]
         # a model that outlives its optimizer keeps clean weights and no hooks
-        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, release)
+        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, releases)
         self._finalizer.atexit = False
         self._weights.detach_all = self._finalizer
         self._mirror()
@@ -351,7 +355,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         return (*itself, evaluate, *given[1:]), kwargs
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        self.restore()
+        self._weights.restore(untouched=True)  # since the last evaluation of a closure
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
@@ -538,14 +542,15 @@ def _weakly(reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[...
     return hook
 
 
-def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", release: Callable[[], None]) -> None:
+def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", releases: "list[Callable[[], None]]") -> None:
     try:
         weights.detach()
     finally:
         doors.weights = None
         for handle in (*handles, *doors.handles, *(each for some in doors.strangers.values() for each in some)):
             handle.remove()
-        release()
+        for release in releases:
+            release()
 
 
 def _chain(optimizer: Any) -> "list[Any]":

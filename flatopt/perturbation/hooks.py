@@ -101,6 +101,11 @@ class Doors:
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
 
+    def clean_for_a_reader(self, module: nn.Module) -> None:
+        """Clean W for a method of another module that reads it: torch's own average of a model."""
+        if self.weights is not None and not self.weights.held:
+            self.weights.suspend()
+
     def in_backward(self, module: nn.Module) -> bool:
         """A forward inside backward repeats one that was made before and must find the same W; or it is a reader's: true."""
         weights = self.weights

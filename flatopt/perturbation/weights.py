@@ -1,5 +1,6 @@
 """The weights of one optimizer, and where they stand: clean, perturbed, or suspended (clean amid a step)."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
 class PerturbedWeights:
-    """All weights of an optimizer's groups and the plans that move them. Holds a reference to the optimizer while they move alone.
+    """All weights of an optimizer's groups and the plans that move them. Holds the optimizer only while they move.
 
     ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
     come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state
@@ -52,6 +53,7 @@ class PerturbedWeights:
         self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @property
     def state(self) -> str:
@@ -84,8 +86,11 @@ class PerturbedWeights:
                 raise
             self._note_versions()
 
-    def restore(self) -> None:
+    def restore(self, untouched: bool = False) -> None:
         """Set W back, bit for bit, and end the step's noise. Idempotent.
+
+        ``untouched``: nobody ran since W was suspended, so it need not be asked whether W is still clean. Who kept W + ε
+        before (an EMA's ``store``) may have put that back, through ``.data``.
 
         Raises:
             RuntimeError: naming the weights that somebody wrote to or replaced while they were perturbed, after all others
@@ -96,6 +101,8 @@ class PerturbedWeights:
         with self._moving():
             self.reshard()
             replaced, written = self._replaced(), []
+            if self.state == SUSPENDED and not untouched and not replaced and all(look.exact for look in self._looks):
+                self.resume()
             if self.state == PERTURBED:
                 written = self._bits_back()
             else:  # what was replaced since by others' hands found W clean
@@ -159,6 +166,8 @@ class PerturbedWeights:
     @contextmanager
     def _moving(self) -> Iterator[None]:
         optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
+        if os.getpid() != self._process:
+            self._refuse_shared_with_processes()
         with self._lock, uninterrupted(), writing():
             yield
         del optimizer
@@ -324,6 +333,14 @@ class PerturbedWeights:
             if other is not self and (shared := overlap(self.memory(), other.memory())) is not None:
                 found.append((other, shared))
         return found
+
+    def _refuse_shared_with_processes(self) -> None:
+        for weight in self.weights():
+            if weight.parameter.device.type == "cpu" and weight.parameter.is_shared():
+                raise RuntimeError(
+                    f"{weight.path} lies in memory that this process shares with the one that FlatPerturbOptimizer was made "
+                    "in: noise put on or taken off here would be so there. Call a copy here (copy.deepcopy(model))"
+                )
 
     def _refuse_shared_memory(self) -> None:
         others = [other for other in list(_attached) if other is not self and other.state == PERTURBED]

@@ -136,6 +136,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._told: set[str] = set()
         self._drawn, self._parts = False, set[int]()
         self._adopt(self.innermost.param_groups)
+        if seed != 0:  # not the default
+            self._warn_of_another_seed(int(seed))
         self._attach()
 
     # --- attached to an optimizer and a model -----------------------------------------------------------------------
@@ -415,12 +417,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self.restore()
         made_with = self._seed
         self._adopt(optimizer.param_groups)
-        if self._seed != made_with:
-            self._warn_once(
-                "seed",
-                f"the state that was loaded goes on with its seed, {self._seed}; this optimizer was made with "
-                f"seed={made_with}. To draw other noise from here on, set optimizer.seed after loading",
-            )
+        self._warn_of_another_seed(made_with)
         self._mirror()
         self._drawn = False
 
@@ -474,6 +471,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if subject not in self._told:
             self._told.add(subject)
             warn_user(text)
+
+    def _warn_of_another_seed(self, made_with: int) -> None:
+        if self._seed != made_with:
+            self._warn_once(
+                "seed",
+                f"the state that was loaded or wrapped goes on with its seed, {self._seed}; this optimizer was made with "
+                f"seed={made_with}. To draw other noise from here on, set optimizer.seed",
+            )
 
     def _warn_if_unseen(self, optimizer: Optimizer) -> None:
         lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state

@@ -146,10 +146,17 @@ class Doors:
             if output is not None:  # where a forward raised, torch walks through its hooks: it goes with the next
                 handle.remove()
             if in_backward():
-                weights.resume()
+                self.read_in_backward(output)
 
         weights.suspend()
         handle = module.register_forward_hook(after, always_call=True)
+
+    def read_in_backward(self, output: Any) -> None:
+        """A reader inside backward is through."""
+        assert self.weights is not None
+        if torch.is_grad_enabled():
+            self.refuse_in_backward(output)
+        self.weights.resume()
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
@@ -164,8 +171,9 @@ class Doors:
         if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
             raise RuntimeError(
                 "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made "
-                "its graph at clean weights, then a training forward opened the step. Give the module around both as "
-                "targets, call optimizer.perturb() before the first forward, or run the one in eval mode without gradients"
+                "its graph at clean weights, then a training forward opened the step, or a backward under way went on. Give "
+                "the module around both as targets, call optimizer.perturb() before the first forward, or run the one in "
+                "eval mode without gradients"
             )
 
     def _before_backward(self, grad: Tensor) -> None:
@@ -213,6 +221,13 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         raise NotImplementedError
+
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "this module has hooks of a FlatPerturbOptimizer, which torch.jit.script cannot compile. Call detach() on the "
+            "optimizer before the module is scripted, or before the copy of it is made that is scripted"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         doors, copy = self.doors, type(self).__new__(type(self))
@@ -314,7 +329,7 @@ class AfterRoot(Hook):
         if in_backward():
             if doors.reader is module:
                 doors.reader = None
-                doors.weights.resume()
+                doors.read_in_backward(output)
             return
         if doors.around and doors.around[-1][0] is module and calls_itself(module):
             doors.trains[module] = doors.around.pop()[1]

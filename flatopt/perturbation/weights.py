@@ -4,11 +4,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..adapters.quantized import format_of
 from ..core.sharding import fsdp_modules, is_fsdp_module, let_go
@@ -26,6 +27,13 @@ RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
+
+
+def _unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """A selective checkpoint hands out the results of a forward's operations again, one by one: ours are not among them."""
+    at_work = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
+    context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
+    return context
 
 
 class PerturbedWeights:
@@ -168,7 +176,7 @@ class PerturbedWeights:
         optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
-        with self._lock, uninterrupted(), writing():
+        with self._lock, uninterrupted(), _unseen_by_checkpoints(), writing():
             yield
         del optimizer
 

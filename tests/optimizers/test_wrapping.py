@@ -470,6 +470,13 @@ def test_a_loaded_seed_that_is_another_is_told(model, bare):
     assert optimizer.seed == 3
 
 
+def test_a_wrapped_seed_that_is_another_is_told(model, bare):
+    wrap(bare, model, seed=3).detach()
+    told = said(lambda: wrap(bare, model, seed=7).detach(), times=1)
+    assert ["seed, 3" in text and "seed=7" in text for text in told] == [True]
+    assert said(lambda: wrap(bare, model).detach(), times=1) == []
+
+
 def test_a_sigma_in_percent_is_told(model, bare):
     told = said(lambda: wrap(bare, model, sigma=5).detach(), times=1)
     assert ["larger than the weights" in text for text in told] == [True]

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import inspect
 import types
@@ -59,6 +60,14 @@ def test_a_scripted_teacher_takes_no_hooks_and_is_warned_of(model):
         loss_of(model)
     optimizer.restore()
     assert torch.equal(scripted.first.weight, base.first.base_layer.weight)
+
+
+def test_scripting_a_layer_that_has_hooks_says_what_to_do(model):
+    optimizer, layer = wrap(model), model.get_base_model().first.base_layer
+    with pytest.raises(AttributeError, match=r"torch\.jit\.script cannot compile\. Call detach\(\)"):
+        torch.jit.script(layer)
+    optimizer.detach()
+    torch.jit.script(layer)
 
 
 def test_tracing_that_would_move_the_weights_is_refused(model, before):
@@ -306,6 +315,24 @@ def test_a_reentrant_checkpoint_around_a_target_is_refused_also_amid_a_step(mode
         checkpointed(model, True).backward()
     optimizer.restore()
     assert not changed(model, before)
+
+
+def test_a_selective_checkpoint_around_a_target_hands_out_its_own_results():
+    gradients = []
+    for selective in (False, True):
+        torch.manual_seed(0)
+        model, x = lora_mlp(), batch()[0]
+        before, optimizer = frozen(model), wrap(model)
+        contexts = functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]
+        )
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=contexts) if selective else model(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in trainable(model)])
+        optimizer.step()
+        assert not changed(model, before)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
 
 
 # --- readers that come late or hold W otherwise ----------------------------------------------------------------------------

@@ -201,6 +201,21 @@ def test_a_reversible_layer_makes_its_input_again_at_noise():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.get_base_model()], ids=["root", "inner"])
+def test_the_gradient_of_what_a_hook_read_in_eval_mode_is_refused_with_the_reason(model, before, part):
+    optimizer, x = wrap(model), batch()[0]
+
+    def read():
+        with torch.enable_grad():
+            torch.autograd.grad(evaluated(part(model), x).sum(), trainable(model))
+
+    trainable(model)[-1].register_post_accumulate_grad_hook(lambda p: read())
+    with pytest.raises(RuntimeError, match=r"a forward in eval mode made its graph at clean weights.*without gradients"):
+        loss_of(model).backward()
+    optimizer.restore()
+    assert not changed(model, before)
+
+
 COMPILED = {
     "torch.compile(model)": lambda model: torch.compile(model, backend="aot_eager"),
     "model.compile()": lambda model: model.compile(backend="aot_eager") or model,

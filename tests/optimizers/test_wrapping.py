@@ -229,6 +229,24 @@ def test_an_optimizer_without_hooks_is_said_once(model, before):
     assert optimizer.step_count == 3
 
 
+def test_an_update_by_hand_is_said_once(model, before, bare):
+    optimizer = wrap(bare, model)
+
+    def by_hand():
+        for _ in range(6):
+            backward(model)
+            with torch.no_grad():
+                for p in trainable(model):
+                    p.sub_(p.grad)
+                    p.grad = None
+
+    told = said(by_hand, times=1)
+    assert ["no step of the optimizer that FlatPerturbOptimizer wraps is seen" in text for text in told] == [True]
+    assert said(by_hand, times=1) == []
+    optimizer.restore()
+    assert not changed(model, before)
+
+
 def test_another_optimizer_over_the_same_parameters_is_said_once(model, before, bare):
     optimizer = wrap(bare, model)
     other = torch.optim.AdamW(trainable(model), lr=0.01)

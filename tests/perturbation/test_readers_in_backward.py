@@ -201,6 +201,29 @@ def test_a_reversible_layer_makes_its_input_again_at_noise():
         torch.testing.assert_close(a, b)
 
 
+def test_a_checkpoint_is_run_again_as_ever_after_a_reader_that_was_interrupted(model, before):
+    optimizer, presses = wrap(model), [True]
+
+    def press(module, args):
+        if torch._C._current_graph_task_id() != -1 and presses.pop():
+            raise KeyboardInterrupt
+
+    def step(reads):
+        y = checkpoint(model, batch()[0], use_reentrant=False)
+        if reads:
+            y.register_hook(lambda gradient: model(batch()[0]) and None)
+        y.square().sum().backward()
+
+    handle = model.get_base_model().second.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        step(reads=True)
+    handle.remove()
+    model.zero_grad()
+    step(reads=False)
+    optimizer.step()
+    assert not changed(model, before)
+
+
 @pytest.mark.parametrize("part", [lambda model: model, lambda model: model.get_base_model()], ids=["root", "inner"])
 def test_the_gradient_of_what_a_hook_read_in_eval_mode_is_refused_with_the_reason(model, before, part):
     optimizer, x = wrap(model), batch()[0]

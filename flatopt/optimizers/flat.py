@@ -279,7 +279,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         finally:
             if self.is_perturbed:  # also where an interrupt waited until W was perturbed
                 self._drawn, self._parts = True, set()
-                self._doors.watch_from_here(next((p for g in self.innermost.param_groups for p in g["params"]), None))
+                trained = (p for group in self.innermost.param_groups for p in group["params"])
+                self._doors.unseen_steps.watch(next(trained, None))
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
@@ -340,7 +341,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         def evaluate() -> Any:
             self.perturb()
-            self._doors.watch_from_here(None)  # the optimizer moves them between evaluations
+            self._doors.unseen_steps.watch(None)  # the optimizer moves them between evaluations
             self._doors.trained = False
             try:
                 with torch.enable_grad():

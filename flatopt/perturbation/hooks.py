@@ -34,6 +34,7 @@ from .stack import (
     running_modules,
 )
 from .tensors import before_its_backward, storage_of
+from .unseen_steps import UnseenSteps
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 
@@ -56,9 +57,7 @@ class Doors:
         self.looked = False  # for strangers
         self.told_of_sharing = False  # memory with other processes
         self.first_pass = FirstPass()
-        self.watched: tuple[Tensor | None, int] = (None, -1)  # one that is trained, and its version
-        self.changes = 0
-        self.told_of_unseen_steps = False
+        self.unseen_steps = UnseenSteps()
         self._memory: set[int] = set()
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
         self.reader: nn.Module | None = None  # a root that reads W inside backward
@@ -96,24 +95,6 @@ class Doors:
             )
         else:
             weights.suspend()
-
-    def watch_from_here(self, parameter: "Tensor | None") -> None:
-        """A step opens, in which ``parameter``, which is trained, should stay as it is until the step is over."""
-        self.watched, self.changes = (parameter, -1 if parameter is None else parameter._version), 0
-
-    def watch(self) -> None:
-        """A further training forward of the step. Parameters that moved since the last one were stepped by others."""
-        parameter, version = self.watched
-        if parameter is not None and parameter._version != version:
-            self.watched, self.changes = (parameter, parameter._version), self.changes + 1
-            if self.changes == 3 and not self.told_of_unseen_steps:  # an average swapped in and out moves them twice
-                self.told_of_unseen_steps = True
-                warn_user(
-                    "the parameters that are trained move from forward to forward, but no step of the optimizer that "
-                    "FlatPerturbOptimizer wraps is seen: the base weights stay perturbed by the same noise, and the schedule "
-                    "stands still. Wrap the optimizer that is stepped; where the update is written by hand, call "
-                    "optimizer.restore() after it and count optimizer.step_count up"
-                )
 
     def clean_inside(self, module: nn.Module) -> None:
         """Clean W for a method of ``module`` that reads or writes the base weights inside it (merge, unload, ...)."""
@@ -320,7 +301,7 @@ class BeforeRoot(Hook):
         if trains:
             doors.trained = True
             if doors.weights.noisy:
-                doors.watch()
+                doors.unseen_steps.look()
             if not doors.ran_clean.get(module, True):
                 del doors.ran_clean[module]  # a reference that is over: what is run again in backward is this forward
             if doors.weights.state == CLEAN and doors.first_pass.read:

@@ -107,15 +107,16 @@ def reads_in_backward() -> bool:
 
     A hook's (of a tensor, a module, a parameter) reads. In what a non-reentrant checkpoint runs again gradients are on, so
     who turned them off reads, as in the first forward. What an ``autograd.Function`` runs must find what its forward found:
-    a reversible layer makes its input again without gradients.
+    a reversible layer makes its input again without gradients. So must an unpack hook of somebody's own checkpoint, which
+    only its name tells from other hooks.
     """
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not _ENGINE:
         code = frame.f_code
         if code is _FUNCTION_BACKWARD or _is_function_forward(frame):
             return False
-        if code.co_name == "unpack_hook" and code.co_filename == torch.utils.checkpoint.__file__:
-            return not torch.is_grad_enabled()
+        if "unpack" in code.co_name:
+            return code.co_filename == torch.utils.checkpoint.__file__ and not torch.is_grad_enabled()
         frame = frame.f_back
     return True
 

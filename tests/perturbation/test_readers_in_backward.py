@@ -201,6 +201,26 @@ def test_a_reversible_layer_makes_its_input_again_at_noise():
         torch.testing.assert_close(a, b)
 
 
+def test_an_unpack_hook_makes_what_it_did_not_keep_at_noise(model, before):
+    x, found = batch()[0], []
+    optimizer, layer = wrap(model), model.get_base_model().first
+
+    def unpack(packed):
+        with torch.no_grad():
+            return torch.relu(layer(x)) if packed is None else packed
+
+    for keeps in (True, False):
+        y = layer(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t if keeps or t.shape != (8, 32) else None, unpack):  # noqa: B023
+            hidden = torch.relu(y)
+        model.get_base_model().second(hidden).square().sum().backward()
+        found.append(layer.lora_A.default.weight.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+    optimizer.step()
+    assert not changed(model, before)
+
+
 def test_a_checkpoint_is_run_again_as_ever_after_a_reader_that_was_interrupted(model, before):
     optimizer, presses = wrap(model), [True]
 

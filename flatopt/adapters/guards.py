@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.weight import AdaptedWeight
+from .base import joined
 from .custom import MERGING
 from .registry import adapter_of
 
@@ -118,17 +120,28 @@ def _in_own_forward(layer: nn.Module) -> bool:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
-        if isinstance(caller, nn.Module) and adapter_of(caller) and any(inner is layer for inner in caller.modules()):
+        if isinstance(caller, nn.Module) and adapter_of(caller) and layer in _modules(caller).values():
             return True
         frame = frame.f_back
     return False
 
 
 def _base_weights(module: nn.Module) -> list[Tensor]:
-    found = []
-    for path, layer in module.named_modules():
+    found: list[AdaptedWeight] = []
+    for path, layer in _modules(module).items():
         adapter = adapter_of(layer)
         with contextlib.suppress(ValueError):  # a layer that is refused, and so has no noise
-            # those that are made anew in each forward are merged there too
-            found += [w.parameter for w in adapter.weights(layer, path) if not w.rebuilt] if adapter else []
+            found += adapter.weights(layer, path) if adapter else []
+    made_anew = {
+        (weight.owner, weight.name) for weight in found if weight.rebuilt
+    }  # merged in each forward: a graph has them
+    return [weight.parameter for weight in found if (weight.owner, weight.name) not in made_anew]
+
+
+def _modules(module: nn.Module, path: str = "") -> "dict[str, nn.Module]":
+    """``named_modules()`` without running anybody's own: PEFT's nn.MultiheadAttention has one that cuts its graph."""
+    found = {path: module}
+    for name, child in module._modules.items():
+        if child is not None:
+            found.update(_modules(child, joined(path, name)))
     return found

@@ -191,8 +191,8 @@ def _chain(layer: Any) -> list[Any]:
 
 def _check_family(layer: Any, path: str) -> None:
     kind = family(layer)
-    tells = kind == "lora" or hasattr(layer, "get_delta_weight")  # LoRA's on GPTQ and AWQ tell theirs in factors alone
-    if kind not in ADDITIVE or not tells:  # PEFT 0.18's OSF rebuilds W from its parts
+    rebuilds = kind == "osf" and not hasattr(layer, "get_delta_weight")  # PEFT 0.18's makes W anew from its parts
+    if kind not in ADDITIVE or rebuilds:
         reason = REASONS.get(kind, "is not among those of which flatopt knows that noise on W reaches the forward unchanged")
         raise ValueError(f"{path} is a PEFT {kind} layer, which {reason}. {WAY_OUT}")
     for variant in getattr(layer, "lora_variant", {}).values():

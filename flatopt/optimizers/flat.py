@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
 
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
@@ -135,6 +136,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._told: set[str] = set()
         self._drawn, self._parts = False, set[int]()
         self._adopt(self.innermost.param_groups)
+        if seed != 0:  # not the default
+            self._warn_of_another_seed(int(seed))
         self._attach()
 
     # --- attached to an optimizer and a model -----------------------------------------------------------------------
@@ -144,7 +147,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
-        myself = weakref.ref(self)
+        self._weights.optimizer = myself = weakref.ref(self)
 
         def perturb() -> None:
             if (optimizer := myself()) is not None:
@@ -152,7 +155,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         self._doors = Doors(self._weights, perturb)
         weights = self._weights.weights()
-        listen(self._doors, self._roots, list(dict.fromkeys(weight.owner for weight in weights)))
+        owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
+        listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
         listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost
@@ -166,9 +170,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             handles.append(register(_weakly(myself, hook)))
         layers = dict.fromkeys((weight.adapter, weight.layer) for weight in weights)
         methods = dict.fromkeys(method for adapter, layer in layers for method in adapter.guarded_methods(layer))
-        release = guard(methods, self._doors.clean_inside)
+        releases = [
+            guard(methods, self._doors.clean_inside),
+            guard([(AveragedModel, "update_parameters")], self._doors.clean_for_a_reader),
+        ]
         # a model that outlives its optimizer keeps clean weights and no hooks
-        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, release)
+        self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, releases)
         self._finalizer.atexit = False
         self._weights.detach_all = self._finalizer
         self._mirror()
@@ -272,6 +279,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         finally:
             if self.is_perturbed:  # also where an interrupt waited until W was perturbed
                 self._drawn, self._parts = True, set()
+                trained = (p for group in self.innermost.param_groups for p in group["params"])
+                self._doors.unseen_steps.watch(next(trained, None))
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
@@ -332,6 +341,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         def evaluate() -> Any:
             self.perturb()
+            self._doors.unseen_steps.watch(None)  # the optimizer moves them between evaluations
             self._doors.trained = False
             try:
                 with torch.enable_grad():
@@ -350,7 +360,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         return (*itself, evaluate, *given[1:]), kwargs
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        self.restore()
+        self._weights.restore(untouched=True)  # since the last evaluation of a closure
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
@@ -410,12 +420,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self.restore()
         made_with = self._seed
         self._adopt(optimizer.param_groups)
-        if self._seed != made_with:
-            self._warn_once(
-                "seed",
-                f"the state that was loaded goes on with its seed, {self._seed}; this optimizer was made with "
-                f"seed={made_with}. To draw other noise from here on, set optimizer.seed after loading",
-            )
+        self._warn_of_another_seed(made_with)
         self._mirror()
         self._drawn = False
 
@@ -469,6 +474,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if subject not in self._told:
             self._told.add(subject)
             warn_user(text)
+
+    def _warn_of_another_seed(self, made_with: int) -> None:
+        if self._seed != made_with:
+            self._warn_once(
+                "seed",
+                f"the state that was loaded or wrapped goes on with its seed, {self._seed}; this optimizer was made with "
+                f"seed={made_with}. To draw other noise from here on, set optimizer.seed",
+            )
 
     def _warn_if_unseen(self, optimizer: Optimizer) -> None:
         lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state
@@ -537,14 +550,15 @@ def _weakly(reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[...
     return hook
 
 
-def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", release: Callable[[], None]) -> None:
+def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", releases: "list[Callable[[], None]]") -> None:
     try:
         weights.detach()
     finally:
         doors.weights = None
         for handle in (*handles, *doors.handles, *(each for some in doors.strangers.values() for each in some)):
             handle.remove()
-        release()
+        for release in releases:
+            release()
 
 
 def _chain(optimizer: Any) -> "list[Any]":

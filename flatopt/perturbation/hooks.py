@@ -17,8 +17,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..adapters.raw import RAW
 from ..adapters.registry import adapter_of
-from ..core.sharding import is_fsdp_module
+from ..core.sharding import fsdp_modules, is_fsdp_module
+from ..core.warn import warn_user
 from .gradient_cache import FirstPass
+from .noisy_layers import installed
 from .stack import (
     calls_itself,
     enclosing_forward,
@@ -26,10 +28,13 @@ from .stack import (
     in_backward,
     in_training_module,
     is_distributed,
+    pickled_for_a_process,
+    reads_in_backward,
     refuse_transforms,
     running_modules,
 )
 from .tensors import before_its_backward, storage_of
+from .unseen_steps import UnseenSteps
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 
@@ -50,9 +55,12 @@ class Doors:
         self.strangers: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
         self.wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of these inside and run as one
         self.looked = False  # for strangers
+        self.told_of_sharing = False  # memory with other processes
         self.first_pass = FirstPass()
+        self.unseen_steps = UnseenSteps()
         self._memory: set[int] = set()
         self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+        self.reader: nn.Module | None = None  # a root that reads W inside backward
         self.within = False  # whether there are any: torch.compile keeps code for each value
         self.trained = False  # whether a training forward began since this was last set
         self.adapters_changed = False  # maybe: somebody called a method that can
@@ -95,8 +103,13 @@ class Doors:
         if weights is not None and weights.state != CLEAN and weights.lie_inside(module):
             weights.restore()
 
-    def recomputed(self, module: nn.Module) -> None:
-        """A forward inside backward repeats one that was made before: it must find the same W."""
+    def clean_for_a_reader(self, module: nn.Module) -> None:
+        """Clean W for a method of another module that reads it: torch's own average of a model."""
+        if self.weights is not None and not self.weights.held:
+            self.weights.suspend()
+
+    def in_backward(self, module: nn.Module) -> bool:
+        """A forward inside backward repeats one that was made before and must find the same W; or it is a reader's: true."""
         weights = self.weights
         assert weights is not None
         if weights.partly:
@@ -104,8 +117,17 @@ class Doors:
                 f"{type(module).__name__} is run again, in backward, at weights that are perturbed in part: an earlier "
                 "restore failed. Call optimizer.restore() and begin the step anew"
             )
-        if weights.held or not (torch.is_grad_enabled() and module.training):
-            return
+        if weights.held:
+            return False
+        if not (torch.is_grad_enabled() and module.training):
+            reads = weights.noisy and reads_in_backward()
+            if reads and fsdp_modules(weights.roots):
+                raise RuntimeError(
+                    f"{type(module).__name__} was called without gradients by a hook inside backward, when its base weights "
+                    "are perturbed and FSDP2 has gathered them for the backward: they cannot be made clean there. Call it "
+                    "after the backward, or inside `with optimizer.perturbed():` if it may see the noise"
+                )
+            return reads
         if weights.state == CLEAN or module in self.ran_clean:
             raise RuntimeError(
                 f"{type(module).__name__} ran its forward without gradients on clean weights and is now run again, in "
@@ -115,6 +137,28 @@ class Doors:
             )
         if weights.state == SUSPENDED:
             weights.resume()
+        return False
+
+    def read_this_once(self, module: nn.Module) -> None:
+        """Clean W for this one forward, inside backward: what comes after it there needs W + ε."""
+        weights = self.weights
+        assert weights is not None
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if output is not None:  # where a forward raised, torch walks through its hooks: it goes with the next
+                handle.remove()
+            if in_backward():
+                self.read_in_backward(output)
+
+        weights.suspend()
+        handle = module.register_forward_hook(after, always_call=True)
+
+    def read_in_backward(self, output: Any) -> None:
+        """A reader inside backward is through."""
+        assert self.weights is not None
+        if torch.is_grad_enabled():
+            self.refuse_in_backward(output)
+        self.weights.resume()
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
@@ -129,8 +173,9 @@ class Doors:
         if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
             raise RuntimeError(
                 "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made "
-                "its graph at clean weights, then a training forward opened the step. Give the module around both as "
-                "targets, call optimizer.perturb() before the first forward, or run the one in eval mode without gradients"
+                "its graph at clean weights, then a training forward opened the step, or a backward under way went on. Give "
+                "the module around both as targets, call optimizer.perturb() before the first forward, or run the one in "
+                "eval mode without gradients"
             )
 
     def _before_backward(self, grad: Tensor) -> None:
@@ -153,6 +198,14 @@ class Doors:
         """Whether ``tensor`` shares memory with a weight."""
         return isinstance(tensor, Tensor) and storage_of(tensor) in self._memory
 
+    def tell_of_sharing(self) -> None:
+        if self.weights is not None and not self.told_of_sharing:
+            self.told_of_sharing = True
+            warn_user(
+                "another process is given a module whose base weights FlatPerturbOptimizer perturbs, and shares their "
+                "memory: amid a step it sees their noise. Give it a copy (copy.deepcopy(module))"
+            )
+
     def parameters(self) -> "list[tuple[nn.Module, Tensor]]":
         """The weights and what else shares their memory, each with a module that holds it."""
         mine = [(w.owner, w.parameter) for w in self.weights.weights()] if self.weights is not None else []
@@ -170,6 +223,13 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         raise NotImplementedError
+
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "this module has hooks of a FlatPerturbOptimizer, which torch.jit.script cannot compile. Call detach() on the "
+            "optimizer before the module is scripted, or before the copy of it is made that is scripted"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         doors, copy = self.doors, type(self).__new__(type(self))
@@ -190,7 +250,9 @@ class Hook:
         corrections = []
         doors = self.doors
         weights = doors.weights if doors is not None else None
-        if doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
+        if doors is not None and pickled_for_a_process():
+            doors.tell_of_sharing()
+        elif doors is not None and weights is not None and weights.state == PERTURBED and not weights.held:
             weights.suspend()
             # the pickler may have written W before it came here: what it writes now puts W right when it is loaded
             corrections = [_Correction(p) for module, p in doors.parameters() if self._sits_on(module)]
@@ -226,7 +288,10 @@ class BeforeRoot(Hook):
                 )
             return
         if in_backward():
-            doors.recomputed(module)
+            reads = doors.in_backward(module)
+            doors.reader = module if reads else None  # also one that an interrupt left
+            if reads:
+                doors.weights.suspend()
             return
         if module in doors.inside and calls_itself(module):
             doors.around.append((module, doors.trains.get(module, trains)))
@@ -235,6 +300,8 @@ class BeforeRoot(Hook):
         doors.within = True
         if trains:
             doors.trained = True
+            if doors.weights.noisy:
+                doors.unseen_steps.look()
             if not doors.ran_clean.get(module, True):
                 del doors.ran_clean[module]  # a reference that is over: what is run again in backward is this forward
             if doors.weights.state == CLEAN and doors.first_pass.read:
@@ -265,6 +332,9 @@ class AfterRoot(Hook):
             return
         trains = doors.trains.get(module)
         if in_backward():
+            if doors.reader is module:
+                doors.reader = None
+                doors.read_in_backward(output)
             return
         if doors.around and doors.around[-1][0] is module and calls_itself(module):
             doors.trains[module] = doors.around.pop()[1]
@@ -300,10 +370,14 @@ class BeforeOwner(Hook):
         if weights.held and weights.noisy and not weights.partly:
             return
         if in_backward():
-            doors.recomputed(module)
+            if doors.in_backward(module) and not compiled:
+                doors.read_this_once(module)
             return
         trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
+        new = installed(module) is None
         doors.settle(module, trains if around is None else around)
+        if new and installed(module) is not None:
+            _answer_anew(module)
         doors.trained = doors.trained or weights.noisy
         if trains and around is None and not compiled:
             # every such owner's output is listened to, as backward starts at the last one
@@ -314,6 +388,16 @@ class BeforeOwner(Hook):
                 doors.resume_in_backward(output)
 
             handles.append(module.register_forward_hook(after))
+
+
+def _answer_anew(module: nn.Module) -> None:
+    """For a layer given its noisy forward amid a call, when torch had looked up its own: its output is made again."""
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        handle.remove()
+        return module.forward(*args, **kwargs)
+
+    handle = module.register_forward_hook(after, prepend=True, with_kwargs=True)
 
 
 @torch.compiler.disable

@@ -320,8 +320,10 @@ class NoisyForward:
             return self.clean(*args, **kwargs)
         self.ran = True
         if self.compute is None:
-            return add_linear_noise(self.noisy, args[0], self.clean(*args, **kwargs))
-        return self.compute(self.noisy, *args, **kwargs)
+            x = args[0] if args else next(iter(kwargs.values()))
+            return add_linear_noise(self.noisy, x, self.clean(*args, **kwargs))
+        (x,) = (*args, *kwargs.values())  # layers name their input as they like
+        return self.compute(self.noisy, x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.replaced is not None:
@@ -355,12 +357,18 @@ def install(layer: nn.Module) -> NoisyForward:
     Not to be left to the first perturbation: a hook before the layer's forward may bring it about, when torch has looked up
     the forward that it is going to call already.
     """
-    attributes = layer.__dict__
-    forward = next((attributes[slot] for slot in SLOTS if isinstance(attributes.get(slot), NoisyForward)), None)
+    forward = installed(layer)
     if forward is None:
+        attributes = layer.__dict__
         forward = NoisyForward(layer, next(slot for slot in SLOTS if slot in attributes or slot == "forward"))
         attributes[forward.slot] = forward
     return forward
+
+
+def installed(layer: nn.Module) -> "NoisyForward | None":
+    """The :class:`NoisyForward` of a layer that has one."""
+    attributes = layer.__dict__
+    return next((attributes[slot] for slot in SLOTS if isinstance(attributes.get(slot), NoisyForward)), None)
 
 
 def remove(layer: nn.Module) -> None:

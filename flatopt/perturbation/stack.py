@@ -2,12 +2,17 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from multiprocessing import reduction
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 _CALL = nn.Module._wrapped_call_impl.__code__
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_TO_PROCESSES = {reduction.dump.__code__, reduction.ForkingPickler.dumps.__code__}
+_FUNCTION_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
 
 
 def enclosing_forward(roots: "Mapping[nn.Module, bool]") -> "bool | None":
@@ -95,6 +100,35 @@ def in_transform() -> bool:
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def reads_in_backward() -> bool:
+    """Whether a forward inside backward, without gradients or in eval mode, is a reader's; or repeats one made before.
+
+    A hook's (of a tensor, a module, a parameter) reads. In what a non-reentrant checkpoint runs again gradients are on, so
+    who turned them off reads, as in the first forward. What an ``autograd.Function`` runs must find what its forward found:
+    a reversible layer makes its input again without gradients. So must an unpack hook of somebody's own checkpoint, which
+    only its name tells from other hooks.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        code = frame.f_code
+        if code is _FUNCTION_BACKWARD or _is_function_forward(frame):
+            return False
+        if "unpack" in code.co_name:
+            return code.co_filename == torch.utils.checkpoint.__file__ and not torch.is_grad_enabled()
+        frame = frame.f_back
+    return True
+
+
+def pickled_for_a_process() -> bool:
+    """Whether what is being pickled goes to another process (a spawned worker, a queue), which shares tensors' memory."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _TO_PROCESSES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def backwards_so_far() -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook, re
 
 from ..core.warn import warn_user
 from .hooks import CleanFirst, Doors, Hook, clean_copies
-from .stack import enclosing_forward, in_autograd_function, in_backward
+from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
 
 
 def listen_for_strangers(doors: Doors) -> None:
@@ -95,8 +95,10 @@ def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
     doors.look_where_they_lie()  # they may have moved since the last step
     if not doors.holds(parameter):
         return
-    if enclosing_forward(doors.trains) is not None or torch._guards.TracingContext.try_get() is not None:
-        return  # no reader: PEFT's target_parameters are parametrized within each forward; what torch.compile traces with
+    if enclosing_forward(doors.trains) is not None or any(running in doors.owners for running in running_modules()):
+        return  # no reader: PEFT's target_parameters are parametrized within each forward
+    if torch._guards.TracingContext.try_get() is not None:
+        return  # what torch.compile traces with
     if not isinstance(module, torch.jit.ScriptModule):
         listen_to_stranger(doors, module)
     doors.look_again()  # it may be part of a graph module or a compiled one, which is not called by its parts
@@ -112,12 +114,15 @@ class BeforeStranger(Hook):
         if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
             return
         if doors.weights.noisy and not doors.weights.held:
-            _read_clean(doors, module)
+            _read_clean(doors, module, torch.compiler.is_compiling())
 
 
 @torch.compiler.disable
-def _read_clean(doors: Doors, module: nn.Module) -> None:
-    if not in_backward() and not (module.training and in_autograd_function()):
+def _read_clean(doors: Doors, module: nn.Module, compiled: bool) -> None:
+    if in_backward():
+        if not compiled and doors.in_backward(module):
+            doors.read_this_once(module)
+    elif not (module.training and in_autograd_function()):
         doors.settle(module, False)
 
 

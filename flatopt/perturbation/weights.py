@@ -1,13 +1,15 @@
 """The weights of one optimizer, and where they stand: clean, perturbed, or suspended (clean amid a step)."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..adapters.quantized import format_of
 from ..core.sharding import fsdp_modules, is_fsdp_module, let_go
@@ -27,8 +29,15 @@ CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
+def _unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """A selective checkpoint hands out the results of a forward's operations again, one by one: ours are not among them."""
+    at_work = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
+    context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
+    return context
+
+
 class PerturbedWeights:
-    """All weights of an optimizer's groups and the plans that move them. Holds no reference to the optimizer.
+    """All weights of an optimizer's groups and the plans that move them. Holds the optimizer only while they move.
 
     ``state`` is ``"clean"``, ``"perturbed"`` or ``"suspended"``: clean for a reader amid a step, the same perturbed bits to
     come back. Every move is all or none: what raises midway is taken back at once, and where even that raises, the state
@@ -43,6 +52,7 @@ class PerturbedWeights:
         self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
         self.thread = 0  # that perturbed them
         self.taken_over = ""  # a weight that a newer optimizer perturbs now
+        self.optimizer: Callable[[], Any] = lambda: None  # a weak reference to it
         self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
@@ -51,6 +61,7 @@ class PerturbedWeights:
         self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
         self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @property
     def state(self) -> str:
@@ -69,7 +80,7 @@ class PerturbedWeights:
         if self.state == SUSPENDED:
             self.resume()
             return
-        with self._lock, uninterrupted(), writing():
+        with self._moving():
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
@@ -83,8 +94,11 @@ class PerturbedWeights:
                 raise
             self._note_versions()
 
-    def restore(self) -> None:
+    def restore(self, untouched: bool = False) -> None:
         """Set W back, bit for bit, and end the step's noise. Idempotent.
+
+        ``untouched``: nobody ran since W was suspended, so it need not be asked whether W is still clean. Who kept W + ε
+        before (an EMA's ``store``) may have put that back, through ``.data``.
 
         Raises:
             RuntimeError: naming the weights that somebody wrote to or replaced while they were perturbed, after all others
@@ -92,9 +106,11 @@ class PerturbedWeights:
         """
         if self.state == CLEAN:
             return
-        with self._lock, uninterrupted(), writing():
+        with self._moving():
             self.reshard()
             replaced, written = self._replaced(), []
+            if self.state == SUSPENDED and not untouched and not replaced and all(look.exact for look in self._looks):
+                self.resume()
             if self.state == PERTURBED:
                 written = self._bits_back()
             else:  # what was replaced since by others' hands found W clean
@@ -113,7 +129,7 @@ class PerturbedWeights:
             self.restore()
         if self.state != PERTURBED:
             return
-        with self._lock, uninterrupted(), writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
@@ -129,7 +145,7 @@ class PerturbedWeights:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
-        with self._lock, uninterrupted(), writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
@@ -154,6 +170,15 @@ class PerturbedWeights:
                 raise
             self._kept_versions, self._swapped = [], []
             self._note_versions()
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
+        if os.getpid() != self._process:
+            self._refuse_shared_with_processes()
+        with self._lock, uninterrupted(), _unseen_by_checkpoints(), writing():
+            yield
+        del optimizer
 
     def _bits_back(self) -> "list[WeightView]":
         """Every piece clean. Returns the weights that somebody wrote to."""
@@ -287,7 +312,7 @@ class PerturbedWeights:
             try:
                 self.restore()
             finally:
-                with uninterrupted(), writing():
+                with self._moving():
                     self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)
@@ -316,6 +341,14 @@ class PerturbedWeights:
             if other is not self and (shared := overlap(self.memory(), other.memory())) is not None:
                 found.append((other, shared))
         return found
+
+    def _refuse_shared_with_processes(self) -> None:
+        for weight in self.weights():
+            if weight.parameter.device.type == "cpu" and weight.parameter.is_shared():
+                raise RuntimeError(
+                    f"{weight.path} lies in memory that this process shares with the one that FlatPerturbOptimizer was made "
+                    "in: noise put on or taken off here would be so there. Call a copy here (copy.deepcopy(model))"
+                )
 
     def _refuse_shared_memory(self) -> None:
         if len(_attached) <= 1:  # self, the usual case

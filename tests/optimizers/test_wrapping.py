@@ -229,6 +229,24 @@ def test_an_optimizer_without_hooks_is_said_once(model, before):
     assert optimizer.step_count == 3
 
 
+def test_an_update_by_hand_is_said_once(model, before, bare):
+    optimizer = wrap(bare, model)
+
+    def by_hand():
+        for _ in range(6):
+            backward(model)
+            with torch.no_grad():
+                for p in trainable(model):
+                    p.sub_(p.grad)
+                    p.grad = None
+
+    told = said(by_hand, times=1)
+    assert ["no step of the optimizer that FlatPerturbOptimizer wraps is seen" in text for text in told] == [True]
+    assert said(by_hand, times=1) == []
+    optimizer.restore()
+    assert not changed(model, before)
+
+
 def test_another_optimizer_over_the_same_parameters_is_said_once(model, before, bare):
     optimizer = wrap(bare, model)
     other = torch.optim.AdamW(trainable(model), lr=0.01)
@@ -468,6 +486,13 @@ def test_a_loaded_seed_that_is_another_is_told(model, bare):
     assert "seed, 3" in told[0]
     assert "seed=7" in told[0]
     assert optimizer.seed == 3
+
+
+def test_a_wrapped_seed_that_is_another_is_told(model, bare):
+    wrap(bare, model, seed=3).detach()
+    told = said(lambda: wrap(bare, model, seed=7).detach(), times=1)
+    assert ["seed, 3" in text and "seed=7" in text for text in told] == [True]
+    assert said(lambda: wrap(bare, model).detach(), times=1) == []
 
 
 def test_a_sigma_in_percent_is_told(model, bare):

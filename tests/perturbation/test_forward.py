@@ -747,3 +747,13 @@ def test_dora_with_dropout_is_refused():
         layer = peft.get_peft_model(nn.Sequential(plain()), config).base_model.model[0]
         weight = AdaptedWeight(layer.base_layer, "weight", "layer", layer, None)
         assert (unsupported_reason(weight, "filter") is not None) == refused
+
+
+@pytest.mark.parametrize(("make", "name"), [(plain, "input"), (bitsandbytes_int8, "x")])
+def test_a_layer_called_by_keyword(make, name):
+    net, x = Adapted(make().requires_grad_(False)), torch.randn(8, FAN_IN)
+    bare, clean = torch.optim.SGD([net.A, net.B], lr=1e-3), net.layer(x)
+    optimizer = FlatPerturbOptimizer(bare, net, sigma=0.3, schedule="constant", restore="forward")
+    with optimizer.perturbed():
+        torch.testing.assert_close(net.layer(**{name: x}), net.layer(x))
+        assert not torch.equal(net.layer(x), clean)

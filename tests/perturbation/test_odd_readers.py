@@ -1,9 +1,12 @@
 """Exported, traced, scripted and differentiated models, and weights that are no plain tensors: right or refused."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import inspect
+import types
 import weakref
 
 import pytest
@@ -57,6 +60,14 @@ def test_a_scripted_teacher_takes_no_hooks_and_is_warned_of(model):
         loss_of(model)
     optimizer.restore()
     assert torch.equal(scripted.first.weight, base.first.base_layer.weight)
+
+
+def test_scripting_a_layer_that_has_hooks_says_what_to_do(model):
+    optimizer, layer = wrap(model), model.get_base_model().first.base_layer
+    with pytest.raises(AttributeError, match=r"torch\.jit\.script cannot compile\. Call detach\(\)"):
+        torch.jit.script(layer)
+    optimizer.detach()
+    torch.jit.script(layer)
 
 
 def test_tracing_that_would_move_the_weights_is_refused(model, before):
@@ -306,6 +317,27 @@ def test_a_reentrant_checkpoint_around_a_target_is_refused_also_amid_a_step(mode
     assert not changed(model, before)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"), reason="this torch has none"
+)
+def test_a_selective_checkpoint_around_a_target_hands_out_its_own_results():
+    gradients = []
+    for selective in (False, True):
+        torch.manual_seed(0)
+        model, x = lora_mlp(), batch()[0]
+        before, optimizer = frozen(model), wrap(model)
+        contexts = functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]
+        )
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=contexts) if selective else model(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in trainable(model)])
+        optimizer.step()
+        assert not changed(model, before)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
 # --- readers that come late or hold W otherwise ----------------------------------------------------------------------------
 
 
@@ -415,7 +447,33 @@ def in_a_circle(y):
     return found
 
 
-@pytest.mark.parametrize("made", [Slots, in_a_circle], ids=["slots", "in a circle"])
+class Plain:
+    def __init__(self, logits):
+        self.logits, self.itself = logits, self
+
+
+class OwnSlots:
+    __slots__ = ("__hidden", "empty")
+
+    def __init__(self, logits):
+        self.__hidden = logits
+
+    @property
+    def logits(self):
+        return self.__hidden
+
+
+OUTPUTS = {
+    "slots": Slots,
+    "a dict in a circle": in_a_circle,
+    "an object": Plain,
+    "slots of its own": OwnSlots,
+    "a namespace in a list": lambda y: [types.SimpleNamespace(logits=y)],
+    "a UserDict": lambda y: collections.UserDict(logits=y),
+}
+
+
+@pytest.mark.parametrize("made", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs_that_are_not_plain(made, before, model):
     class Wrapped(nn.Module):
         def __init__(self):
@@ -428,7 +486,8 @@ def test_outputs_that_are_not_plain(made, before, model):
     root = Wrapped()
     optimizer = wrap(root)
     output = root(batch()[0])
-    logits = output.logits if made is Slots else output["logits"]
+    output = output[0] if isinstance(output, list) else output
+    logits = output.logits if hasattr(output, "logits") else output["logits"]
     with torch.no_grad():
         root(batch()[0])
     logits.square().sum().backward()

@@ -75,3 +75,98 @@ def test_adapters_that_take_over_a_forward_elsewhere():
         optimizer.zero_grad()
         assert is_clean() == [True, True]
     assert optimizer.step_count == 2
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 16) / 4), nn.Parameter(torch.randn(3, 16, 8) / 4)
+
+    def forward(self, x):
+        return torch.einsum("bh,eoh->bo", torch.einsum("bi,ehi->bh", x, self.up), self.down)
+
+
+class Holds(nn.Module):
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+def of_experts():
+    peft = pytest.importorskip("peft")
+    if "target_parameters" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT has no target_parameters")
+    names = ["layer.up", "layer.down"]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    return peft.get_peft_model(Holds(Experts(), lambda layer, x: layer(x)), config)
+
+
+def of_attention():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    return peft.get_peft_model(Holds(nn.MultiheadAttention(16, 2), lambda layer, x: layer(x, x, x)[0]), config)
+
+
+@pytest.mark.parametrize("make", [of_experts, of_attention])
+def test_layers_that_make_their_weight_anew_in_each_forward_by_the_inner_models_door(make):
+    x, found = torch.randn(4, 16), []
+    for door in (lambda model: model, lambda model: model.get_base_model()):
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            want = model(x)
+        before, optimizer = frozen(model), flat(trainable(model), model)
+        for _ in range(2):
+            y = door(model)(x)
+            with torch.no_grad():
+                torch.testing.assert_close(door(model)(x), want)
+            y.square().mean().backward()
+        assert optimizer.is_perturbed
+        found.append([p.grad.clone() for p in trainable(model) if p.grad is not None])
+        assert found[-1]
+        optimizer.step()
+        assert changed(model, before) == [] or make is of_attention  # which PEFT rounds by W + sBA - sBA
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", [of_experts, of_attention])
+def test_layers_that_make_their_weight_anew_get_the_gradients_they_have_without_flatopt(make):
+    x, found = torch.randn(4, 16), []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        if wrapped:
+            optimizer = FlatPerturbOptimizer(optimizer, model, sigma=0.0, schedule="constant")
+        for _ in range(2):
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append([p.grad for p in trainable(model)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_noise_in_the_forward_asked_for_amid_a_run_is_there_in_a_layers_first_direct_forward():
+    pytest.importorskip("peft")
+    x, found = torch.randn(4, 16), []
+    for asked in ("amid", "from the start"):
+        torch.manual_seed(3)
+        model = lora_mlp()
+        restore = "forward" if asked == "from the start" else "reversible"
+        inner = torch.optim.SGD(trainable(model), lr=0.0)
+        optimizer = FlatPerturbOptimizer(inner, model, sigma=0.2, schedule="constant", restore=restore)
+        layer = model.base_model.model.first
+        layer(x).square().mean().backward()
+        optimizer.step()
+        optimizer.perturb_groups[0]["restore"] = "forward"
+        found.append([layer(x), layer(x)])
+        assert len(layer.base_layer._forward_hooks) == 0
+        optimizer.step()
+        with torch.no_grad():
+            assert not torch.equal(layer(x), found[-1][0])
+    for y in (*found[0], found[1][1]):
+        torch.testing.assert_close(y, found[1][0], rtol=0, atol=0)

@@ -225,3 +225,30 @@ def test_transformers_trainer_trains_it(folder, kind, device, tmp_path):
     assert abs(noisy[0] - plain[0]) > 1e-4 * plain[0]
     assert not torch.equal(*adapters)
     assert all(torch.isfinite(some).all() for some in adapters)
+
+
+def test_adalora_on_a_4_bit_base_tells_its_update_in_factors(folder):
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).train()
+    tokens = torch.randint(64, (2, 8))
+    with torch.no_grad():
+        clean = model(input_ids=tokens).logits
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.3, schedule="constant")
+    noisy = model(input_ids=tokens).logits
+    assert (noisy - clean).norm() > 0.01 * clean.norm()
+    weight = optimizer.perturb_groups[0]["targets"][0]
+    layer = weight.layer
+    W = format_of(weight.owner, "weight").dequantize(weight.owner, weight.parameter).float()
+    merged = W + layer.lora_B.default @ (layer.lora_A.default * layer.lora_E.default) * (
+        layer.scaling["default"] / (layer.ranknum.default + 1e-5)
+    )
+    (plan,) = optimizer._weights._plans
+    view = next(view for view in plan.views if view.weight is weight)
+    expected = 0.3 * merged.norm(dim=1, keepdim=True) / W.shape[1] ** 0.5
+    torch.testing.assert_close(plan.std_of(view), expected.detach(), rtol=1e-3, atol=0)
+    noisy.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens).logits, clean)

@@ -180,3 +180,29 @@ def test_written_to_with_copies_says_that_the_clean_value_is_back():
     with pytest.raises(RuntimeError, match="clean value is back, from the copy, and what was written is lost"):
         run.optimizer.step()
     assert not changed(run.model, run.clean)
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["another micro-batch", "the step"])
+def test_an_average_swapped_in_by_value_for_a_reader_and_out_again(run, goes_on):
+    model = run.model
+    for _ in range(2):
+        kept = {p: p.detach().clone() for p in model.parameters()}  # W + ε, read by hand
+        for name, p in model.named_parameters():
+            p.data.copy_(run.clean.get(name, p))
+        run.read()
+        for p, value in kept.items():
+            p.data.copy_(value)
+        if goes_on:
+            run.train()
+        run.optimizer.step()
+        assert not changed(model, run.clean)
+        run.train()
+
+
+def test_an_average_taken_amid_a_step_is_that_of_clean_weights(run):
+    average = torch.optim.swa_utils.AveragedModel(run.model)
+    average.update_parameters(run.model)
+    averaged = dict(average.module.named_parameters())
+    assert all(torch.equal(averaged[name], w) for name, w in run.clean.items())
+    run.optimizer.step()
+    assert not changed(run.model, run.clean)

@@ -19,6 +19,7 @@ def create_flat_optimizer(
     schedule: Schedule = "cosine",
     noise: str = "filter",
     restore: str = "reversible",
+    draws: str = "step",
     seed: int = 0,
     shared: bool = False,
     **kwargs: Any,
@@ -26,8 +27,8 @@ def create_flat_optimizer(
     """``optimizer_cls`` over the trainable parameters of ``model``, around which its frozen base weights are perturbed.
 
     In the manner of PEFT's ``create_loraplus_optimizer``. The formula and the meaning of ``sigma`` (in units of the rms of
-    each row of the merged weight), ``total_steps`` (in optimizer steps), ``schedule``, ``noise``, ``restore``, ``seed`` and
-    ``shared`` stand at :class:`FlatPerturbOptimizer`.
+    each row of the merged weight), ``total_steps`` (in optimizer steps), ``schedule``, ``noise``, ``restore``, ``draws``,
+    ``seed`` and ``shared`` stand at :class:`FlatPerturbOptimizer`.
 
     Args:
         model: a model with adapters: PEFT's, or of a module known by :func:`register_low_rank`.
@@ -62,6 +63,7 @@ def create_flat_optimizer(
         schedule=schedule,
         noise=noise,
         restore=restore,
+        draws=draws,
         seed=seed,
         shared=shared,
     )

@@ -27,7 +27,7 @@ class FlatPerturbCallback(pl.Callback):
             manual optimization, and knows nothing of endless data.
         seed: names the noise.
         targets: None: every adapted layer of the module; or target groups as ``FlatPerturbOptimizer`` takes them.
-        schedule, noise, restore, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
+        schedule, noise, restore, draws, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
     Raises:
         ValueError: when training begins, if ``total_steps`` is needed and unknown, if the module has several optimizers, and
@@ -49,11 +49,13 @@ class FlatPerturbCallback(pl.Callback):
         schedule: Any = "cosine",
         noise: str = "filter",
         restore: str = "reversible",
+        draws: str = "step",
         shared: bool = False,
     ):
         self.targets, self.total_steps = targets, total_steps
         self.options: dict[str, Any] = {
-            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "shared": shared
+            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "draws": draws,
+            "shared": shared,
         }  # fmt: skip
         self.optimizer: FlatPerturbOptimizer | None = None
 

@@ -28,7 +28,7 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         targets: None: every adapted layer of the trained model. Or target groups as ``FlatPerturbOptimizer`` takes them,
             or a function from the model to them, for a model that the trainer makes itself (``peft_config=``,
             ``model_init=``).
-        schedule, noise, restore, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
+        schedule, noise, restore, draws, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
     Raises:
         ValueError: when training begins, for arguments and models that ``FlatPerturbOptimizer`` refuses; if the trainer's
@@ -49,11 +49,13 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         schedule: Any = "cosine",
         noise: str = "filter",
         restore: str = "reversible",
+        draws: str = "step",
         shared: bool = False,
     ):
         self.targets = targets
         self.options: dict[str, Any] = {
-            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "shared": shared
+            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "draws": draws,
+            "shared": shared,
         }  # fmt: skip
         self.optimizer: FlatPerturbOptimizer | None = None
         self.not_restored: list[str] = []

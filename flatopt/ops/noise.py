@@ -33,9 +33,10 @@ def mix(x: int) -> int:
     return x ^ (x >> 15)
 
 
-def step_key(seed: int, step: int, rank: int) -> Key:
-    """64 bits that name the noise of one step on one rank; the weights' keys follow from it."""
-    digest = hashlib.blake2b(f"flatopt {seed} {step} {rank}".encode(), digest_size=8).digest()
+def step_key(seed: int, step: int, rank: int, draw: int = 0) -> Key:
+    """64 bits that name one draw of noise of a step on one rank; the weights' keys follow from it."""
+    name = f"flatopt {seed} {step} {rank} {draw}" if draw else f"flatopt {seed} {step} {rank}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 

@@ -33,6 +33,7 @@ from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
+DRAWS = ("step", "micro-batch")
 
 
 class FlatPerturbOptimizer(OptimizerWrapper):
@@ -51,7 +52,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     A step, for the loop you have:
 
     1. The first training forward (root module in train mode, gradients enabled) draws ε from (seed, step, weight, rank)
-       and sets W to W + ε. Further micro-batches see the same ε.
+       and sets W to W + ε. Further micro-batches see the same ε, or with ``draws="micro-batch"`` each its own.
     2. Forward and backward run at W + ε.
     3. ``step()`` puts W back, bit for bit, then runs the wrapped optimizer, and counts the step.
 
@@ -75,6 +76,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
             again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto,
             fp8, GPTQ, AWQ) always get the last.
+        draws: ``"step"`` (one ε a step) or ``"micro-batch"``: under gradient accumulation each micro-batch has its own ε, so
+            that the step's gradient averages over as many draws, at one more move of W and back a micro-batch. A training
+            forward after a backward begins the next; all graphs of the one before must be done with by then.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
@@ -104,6 +108,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         schedule: Schedule = "cosine",
         noise: str = "filter",
         restore: str = "reversible",
+        draws: str = "step",
         seed: int = 0,
         shared: bool = False,
     ):
@@ -116,8 +121,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             )
         if not _is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
+        if draws not in DRAWS:
+            raise ValueError(f"draws must be one of {', '.join(DRAWS)}, got {draws!r}")
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
-        self._seed, self._step = int(seed), 0
+        self._seed, self._step, self._draw, self.draws = int(seed), 0, 0, draws
         self.total_steps, self.shared = total_steps, shared
         self.perturb_groups, self._roots = read_groups(targets, defaults)
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
@@ -153,7 +160,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             if (optimizer := myself()) is not None:
                 optimizer.perturb()
 
-        self._doors = Doors(self._weights, perturb)
+        def next_draw() -> None:
+            if (optimizer := myself()) is not None:
+                optimizer.restore()
+                optimizer._draw += 1
+
+        self._doors = Doors(self._weights, perturb, next_draw if self.draws == "micro-batch" else None)
         weights = self._weights.weights()
         owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
         listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
@@ -275,7 +287,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._weights.reshard()  # gathered weights do not tell which ranks share one
         rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
         try:
-            self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas))
+            self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
         finally:
             if self.is_perturbed:  # also where an interrupt waited until W was perturbed
                 self._drawn, self._parts = True, set()
@@ -340,6 +352,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return None
 
         def evaluate() -> Any:
+            self._first_draw()
             self.perturb()
             self._doors.unseen_steps.watch(None)  # the optimizer moves them between evaluations
             self._doors.trained = False
@@ -361,12 +374,19 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
+        self._first_draw()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
             self._adopt(self.param_groups)
             self.step_count += 1
+
+    def _first_draw(self) -> None:
+        if self._draw:
+            self._weights.restore(untouched=True)
+            self._draw = 0
+        self._doors.backward_began = False
 
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
@@ -423,6 +443,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._warn_of_another_seed(made_with)
         self._mirror()
         self._drawn = False
+        self._first_draw()
 
     def state_dict(self) -> "dict[str, Any]":
         """The wrapped optimizer's state dict; its param groups carry ``flatopt_seed`` and ``flatopt_step``."""
@@ -454,6 +475,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_parts",
             "_seed",
             "_step",
+            "_draw",
+            "draws",
         )
         return {name: self.__dict__[name] for name in names}
 

@@ -39,11 +39,13 @@ from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 
 class Doors:
-    """What the hooks of one optimizer share. ``perturb`` opens a step; reached weakly: hooks keep no optimizer."""
+    """What the hooks of one optimizer share. ``perturb`` opens a step, ``next_draw`` ends a micro-batch's noise, if each is
+    to have its own; reached weakly: hooks keep no optimizer."""
 
-    def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any]):
+    def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any], next_draw: Callable[[], Any] | None = None):
         self.weights: PerturbedWeights | None = weights
-        self.perturb = perturb
+        self.perturb, self.next_draw = perturb, next_draw
+        self.backward_began = False  # since this was last set: the training forward after it is another micro-batch's
         self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # what each root last ran as
         self.around: list[tuple[nn.Module, bool]] = []  # roots that call themselves: what the outer call runs as
         # roots run without gradients since the last step; whether by an autograd.Function (reentrant checkpointing)
@@ -72,11 +74,15 @@ class Doors:
         weights = self.weights
         assert weights is not None
         trains = trains or weights.held
-        if trains is weights.noisy and not weights.partly:
+        anew = self.next_draw is not None and trains and self.backward_began and not weights.held
+        if trains is weights.noisy and not weights.partly and not anew:
             return
         refuse_transforms(module)
         running = [m for m in running_modules() if is_fsdp_module(m)] if is_distributed() else []
         with weights.gathered_again(running[::-1]):
+            if anew and self.next_draw is not None:
+                self.backward_began = False
+                self.next_draw()
             self._move(module, trains)
 
     def _move(self, module: nn.Module, trains: bool) -> None:
@@ -179,6 +185,7 @@ class Doors:
             )
 
     def _before_backward(self, grad: Tensor) -> None:
+        self.backward_began = True
         if self.weights is not None and self.weights.state == SUSPENDED:
             self.weights.resume()
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import trainable
+from helpers import bits, trainable
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -122,6 +122,25 @@ def test_it_equals_a_flat_optimizer_given_to_the_trainer(tmp_path, accumulation)
     plain, _ = train(tmp_path, None, **options)
     assert differing(adapter(ours), adapter(theirs)) == []
     assert differing(adapter(ours), adapter(plain))
+
+
+def test_each_micro_batch_may_have_its_own_draw(tmp_path):
+    callback, options = FlatPerturbCallback(sigma=SIGMA, draws="micro-batch"), {"gradient_accumulation_steps": 3}
+    seen = []
+
+    class Weights(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if not seen:
+                layer = next(m for m in model.modules() if hasattr(m, "base_layer")).base_layer
+                layer.register_forward_pre_hook(lambda m, args: seen.append(bits(m.weight).clone()))
+
+    model = lora_llama()
+    ours, watch = train(tmp_path, callback, model=model, others=[Weights()], **options)
+    once, _ = train(tmp_path, FlatPerturbCallback(sigma=SIGMA), **options)
+    assert len(watch.trained) == STEPS * 3
+    last = seen[-3:]
+    assert not any(torch.equal(a, b) for a, b in zip(last, last[1:] + last[:1]))
+    assert differing(adapter(ours), adapter(once))
 
 
 def test_sigma_0_is_plain_training_and_nothing_is_left_behind(tmp_path):

@@ -1,0 +1,216 @@
+"""``draws="micro-batch"``: each micro-batch of a step has its own noise, whatever is called between them."""
+
+import pickle
+
+import pytest
+import torch
+from helpers import batch, changed, frozen, lora_mlp, trainable
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flatopt import FlatPerturbOptimizer
+from flatopt.ops import step_key
+
+
+def wrap(model, cls=torch.optim.SGD, **options):
+    options = {"sigma": 0.2, "schedule": "constant", "draws": "micro-batch", "seed": 5, **options}
+    return FlatPerturbOptimizer(cls(trainable(model), lr=0.1), model, **options)
+
+
+def loss_of(model, seed=0):
+    x, y = batch(seed=seed)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def gradients(model):
+    return [p.grad.clone() for p in trainable(model)]
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """Of the draws that were asked for, as (step, draw)."""
+    from flatopt.perturbation import noise
+
+    asked = []
+
+    def key(seed, step, rank, draw=0):
+        asked.append((step, draw))
+        return step_key(seed, step, rank, draw)
+
+    monkeypatch.setattr(noise, "step_key", key)
+    return asked
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy", "subtract", "forward"])
+def test_each_micro_batch_has_the_noise_of_its_number(restore, keys):
+    """The gradients are those of one micro-batch a step at the noise of (step, draw)."""
+    torch.manual_seed(0)
+    model = lora_mlp()
+    before = frozen(model)
+    optimizer = wrap(model, restore=restore)
+    found = []
+    for _ in range(2):
+        for micro in range(3):
+            loss_of(model, micro).backward()
+            found.append(gradients(model))
+            model.zero_grad()
+        optimizer.step()
+    assert keys == [(step, draw) for step in range(2) for draw in range(3)]
+    assert restore == "subtract" or not changed(model, before)
+    assert not optimizer.is_perturbed
+    optimizer.detach()
+
+    alone = FlatPerturbOptimizer(
+        torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.2, schedule="constant", restore=restore, seed=5
+    )
+    torch.manual_seed(0)
+    model.load_state_dict(lora_mlp().state_dict())
+    for draw in range(3):
+        alone._draw = draw  # what the first step's micro-batches were taken at
+        loss_of(model, draw).backward()
+        exact = restore != "subtract"
+        for mine, theirs in zip(gradients(model), found[draw]):
+            torch.testing.assert_close(mine, theirs, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
+        model.zero_grad()
+        alone.restore()
+
+
+def test_the_first_draw_is_that_of_one_draw_a_step(keys):
+    assert step_key(1, 2, 3) == step_key(1, 2, 3, 0)
+    assert len({step_key(1, 2, 3, draw) for draw in range(100)} | {step_key(1, 23, 0), step_key(1, 2, 31)}) == 102
+    results = []
+    for draws in ("step", "micro-batch"):
+        torch.manual_seed(0)
+        model = lora_mlp()
+        optimizer = wrap(model, draws=draws)
+        for step in range(3):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(trainable(model))
+    assert all(map(torch.equal, *results))
+
+
+def test_forwards_before_one_backward_share_a_draw(keys):
+    model = lora_mlp()
+    optimizer = wrap(model)
+    for _ in range(2):
+        (loss_of(model, 0) + loss_of(model, 1)).backward()
+    optimizer.step()
+    assert keys == [(0, 0), (0, 1)]
+
+
+def test_readers_between_micro_batches_change_nothing(keys):
+    torch.manual_seed(0)
+    model, clean = lora_mlp(), None
+    optimizer, before = wrap(model), frozen(model)
+    x, _ = batch()
+    with torch.no_grad():
+        clean = model(x)
+    for micro in range(3):
+        loss = loss_of(model, micro)
+        with torch.no_grad():
+            assert torch.equal(model(x), clean)  # its backward brings the same draw back
+        loss.backward()
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(x), clean)
+        model.train()
+    assert not changed(model, before) or optimizer.is_perturbed
+    optimizer.step()
+    assert not changed(model, before)
+    assert list(dict.fromkeys(keys)) == [(0, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_runs_again_in_backward_has_the_draw_of_its_forward(keys, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x.requires_grad_(), use_reentrant=reentrant)
+
+    results = []
+    for wrapped in (lambda m: m, Checkpointed):
+        torch.manual_seed(0)
+        inner = lora_mlp()
+        model = wrapped(inner)
+        optimizer = wrap(model)
+        for micro in range(3):
+            loss_of(model, micro).backward()
+        results.append(gradients(model))
+        optimizer.step()
+    for plain, again in zip(*results):
+        torch.testing.assert_close(plain, again, rtol=0, atol=0)
+
+
+def test_the_doors_of_parts_begin_a_draw_too(keys):
+    model = lora_mlp()
+    optimizer = wrap(model)
+    x, y = batch()
+    for _ in range(2):
+        nn.functional.cross_entropy(model.get_base_model()(x), y).backward()
+    optimizer.step()
+    assert keys == [(0, 0), (0, 1)]
+
+
+def test_each_evaluation_of_a_closure_begins_at_the_first_draw(keys):
+    model = lora_mlp()
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.LBFGS(trainable(model), max_iter=3), model, sigma=0.05, schedule="constant", draws="micro-batch"
+    )
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(2):
+            loss = loss_of(model, micro)
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        return torch.tensor(total)
+
+    before = frozen(model)
+    optimizer.step(closure)
+    assert len(losses) > 1
+    assert keys == [(0, 0), (0, 1)] * len(losses)
+    assert not changed(model, before)
+
+
+def test_both_passes_of_a_gradient_cache_share_a_draw(keys):
+    model = lora_mlp()
+    optimizer = wrap(model)
+    x, y = batch()
+    for _ in range(2):
+        with optimizer.perturbed():
+            with torch.no_grad():
+                first = model(x)
+            second = model(x)
+            assert torch.equal(first, second)
+            nn.functional.cross_entropy(second, y).backward()
+    optimizer.step()
+
+
+def test_a_graph_of_the_draw_before_is_refused():
+    model = lora_mlp()
+    optimizer = wrap(model)
+    kept = loss_of(model, 0)
+    loss_of(model, 1).backward()
+    loss_of(model, 2).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    optimizer.step()
+
+
+def test_a_pickle_keeps_it():
+    model = lora_mlp()
+    optimizer = pickle.loads(pickle.dumps(wrap(model)))
+    assert optimizer.draws == "micro-batch"
+
+
+def test_other_values_are_refused():
+    with pytest.raises(ValueError, match="draws must be one of step, micro-batch, got 'antithetic'"):
+        wrap(lora_mlp(), draws="antithetic")

@@ -37,6 +37,7 @@ class GroupLook:
         self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
         self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
         self._keys: list[Any] = []  # of each batch's updates
+        self._reordered: set[WeightView] = set()  # whose update is another than the adapter told
         self._split: dict[WeightView, WeightUpdate] = {}  # sharded updates, as told
         self._gathering: Gathering | None = None  # of their A's; None: not made since one was told
 
@@ -94,7 +95,7 @@ class GroupLook:
 
     def _by_adapter(self, views: "list[WeightView]") -> None:
         self.views, self._keys, self.plans = views, [], []
-        self._split, self._gathering = {}, None
+        self._reordered, self._split, self._gathering = set(), {}, None
         batches: dict[int, list[WeightView]] = {}
         for view in views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
@@ -133,9 +134,10 @@ class GroupLook:
         self._gathering.gather()
 
     def _kept(self, view: WeightView, key: Any) -> Any:
-        """The key of an update that is kept; of one that was gathered by itself, which has to be each step, no key."""
+        """The key of an update that is kept; of one that holds copies of this step, gathered or reordered, no key."""
         assert view.parameter is not None
-        return object() if is_sharded(view.parameter) and view not in self._split else key
+        gathered = is_sharded(view.parameter) and view not in self._split
+        return object() if gathered or view in self._reordered else key
 
     def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
         for view in views:
@@ -150,6 +152,7 @@ class GroupLook:
             self._split.pop(view, None)
             mine = local_update(update, view.parameter)
             view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
+            (self._reordered.add if view.update is not mine else self._reordered.discard)(view)
 
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""

@@ -1,6 +1,7 @@
 """Every test starts with one thread and the same seed. What tests share is in ``helpers.py``."""
 
 import gc
+import os
 import signal
 
 import pytest
@@ -12,6 +13,15 @@ def pytest_collection_finish():
     """What imports left is looked through no more: by the collector, and for modules that share memory with a weight."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _larger_programs_in_tritons_interpreter():
+    """It takes its time by the program, not by the element; the noise is the same."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from flatopt.ops.triton import launch
+
+        launch.ROWS = 16
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """What σ ``sigma_range_test`` suggests for a task's plainly trained adapter, to be held against the σ the study found best.
 
-python -m benchmarks.quantized.sigma                                    # all tasks, three tuning seeds each, plain LoRA's chosen lr
+python -m benchmarks.quantized.sigma                                    # three tuning seeds each, plain LoRA's chosen lr
 python -m benchmarks.quantized.sigma --tasks efficientnet --lr 0.003    # at another one
 """
 

@@ -23,7 +23,7 @@ from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
-from ..perturbation.hooks import Doors, listen
+from ..perturbation.hooks import Doors, ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
 from ..perturbation.strangers import find_strangers, listen_for_strangers
@@ -210,6 +210,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         The wrapped optimizer, ``optimizer.optimizer``, goes on bare; a new FlatPerturbOptimizer may be put around it.
         """
         self._finalizer()
+        ProcessWide.take_off_ended()
 
     def __enter__(self) -> "FlatPerturbOptimizer":
         return self

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -421,6 +421,25 @@ class CleanFirst(Hook):
             self.doors.weights.suspend()
 
 
+class ProcessWide:
+    """A hook on all modules of the process. The collector may end an optimizer while torch walks through these, when none
+    may be taken off: that waits for :meth:`take_off_ended`."""
+
+    _ended: ClassVar[list[Any]] = []
+
+    def __init__(self, handle: Any):
+        self.take_off_ended()
+        self._handle = handle
+
+    def remove(self) -> None:
+        self._ended.append(self._handle)
+
+    @classmethod
+    def take_off_ended(cls) -> None:
+        while cls._ended:
+            cls._ended.pop().remove()
+
+
 def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> None:
     """Register the hooks on the modules whose forward opens a step and on those that hold the weights."""
     before, after, clean_first = BeforeRoot(doors), AfterRoot(doors), CleanFirst(doors)
@@ -443,7 +462,7 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
         if doors is not None and submodule is not None and adapter_of(submodule) is not None:
             doors.adapters_changed = True
 
-    doors.handles.append(register_module_module_registration_hook(adapted))
+    doors.handles.append(ProcessWide(register_module_module_registration_hook(adapted)))
 
 
 def clean_copies(module: nn.Module, clean_first: CleanFirst) -> "list[Any]":

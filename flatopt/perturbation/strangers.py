@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 from ..core.warn import warn_user
-from .hooks import CleanFirst, Doors, Hook, clean_copies
+from .hooks import CleanFirst, Doors, Hook, ProcessWide, clean_copies
 from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
 
 
@@ -25,8 +25,8 @@ def listen_for_strangers(doors: Doors) -> None:
         if doors is not None:
             _registered(doors, module, parameter)
 
-    doors.handles.append(register_module_parameter_registration_hook(registered))
-    doors.handles.append(register_module_buffer_registration_hook(registered))
+    doors.handles.append(ProcessWide(register_module_parameter_registration_hook(registered)))
+    doors.handles.append(ProcessWide(register_module_buffer_registration_hook(registered)))
 
 
 def find_strangers(doors: Doors) -> None:

@@ -4,10 +4,11 @@ import gc
 
 import pytest
 import torch
-from helpers import batch, changed, trainable
+from helpers import batch, changed, lora_mlp, trainable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatopt import FlatPerturbOptimizer
+from flatopt.perturbation.hooks import ProcessWide
 
 
 class CollectAt(TorchDispatchMode):
@@ -57,3 +58,31 @@ def test_at_any_operation_of_a_move(model, before, move, restore):
             k += max(1, operations // 4)
     finally:
         gc.enable()
+
+
+def test_an_optimizer_may_end_while_torch_walks_through_its_hooks_on_all_modules():
+    from torch.nn.modules import module as of_torch
+
+    hooks = of_torch._global_parameter_registration_hooks
+    model = lora_mlp()
+    gc.collect()
+    ProcessWide.take_off_ended()  # of tests before
+    before = len(hooks)
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, total_steps=3)
+    assert len(hooks) == before + 1
+
+    def collect(module, name, parameter):
+        nonlocal optimizer
+        optimizer = None
+        gc.collect()
+
+    handle = of_torch.register_module_parameter_registration_hook(collect)
+    hooks.move_to_end(handle.id, last=False)
+    try:
+        torch.nn.Linear(2, 2)
+    finally:
+        handle.remove()
+    another = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, total_steps=3)
+    assert len(hooks) == before + 1
+    another.detach()
+    assert len(hooks) == before

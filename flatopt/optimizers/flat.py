@@ -351,9 +351,13 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self.restore()
             self._warn_if_unseen(optimizer)
             return None
+        if self.draws == "micro-batch" and self._doors.backward_began:  # Lightning has only the last one in the closure
+            self.restore()
+            self._draw += 1
+        first = self._draw
 
         def evaluate() -> Any:
-            self._first_draw()
+            self._begin_draw(first)
             self.perturb()
             self._doors.unseen_steps.watch(None)  # the optimizer moves them between evaluations
             self._doors.trained = False
@@ -375,7 +379,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
-        self._first_draw()
+        self._begin_draw()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
@@ -383,10 +387,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._adopt(self.param_groups)
             self.step_count += 1
 
-    def _first_draw(self) -> None:
-        if self._draw:
+    def _begin_draw(self, draw: int = 0) -> None:
+        if self._draw != draw:
             self._weights.restore(untouched=True)
-            self._draw = 0
+            self._draw = draw
         self._doors.backward_began = False
 
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -444,7 +448,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._warn_of_another_seed(made_with)
         self._mirror()
         self._drawn = False
-        self._first_draw()
+        self._begin_draw()
 
     def state_dict(self) -> "dict[str, Any]":
         """The wrapped optimizer's state dict; its param groups carry ``flatopt_seed`` and ``flatopt_step``."""

@@ -80,6 +80,17 @@ def test_it_equals_an_optimizer_wrapped_in_configure_optimizers(tmp_path, accumu
     assert watch.trained == [True] * accumulation + [False] * (BATCHES - accumulation)  # cosine: 0 at first
 
 
+def test_each_micro_batch_may_have_its_own_draw(tmp_path):
+    task, seen = Task(), []
+    layer = next(m for m in task.modules() if hasattr(m, "base_layer")).base_layer
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.weight.detach().clone()) if m.training else None)
+    callback = FlatPerturbCallback(sigma=0.2, schedule="constant", draws="micro-batch")
+    _, watch = fit(tmp_path, callback, task=task, accumulate_grad_batches=4)
+    assert watch.trained == [False] * BATCHES
+    assert len(seen) == BATCHES
+    assert not any(torch.equal(seen[i], seen[j]) for i in range(BATCHES) for j in range(i))
+
+
 def test_sigma_0_is_plain_training(tmp_path):
     callback = FlatPerturbCallback(sigma=0.0)
     assert differing(fit(tmp_path, callback)[0], fit(tmp_path)[0]) == []

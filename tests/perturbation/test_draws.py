@@ -180,6 +180,30 @@ def test_each_evaluation_of_a_closure_begins_at_the_first_draw(keys):
     assert not changed(model, before)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_closure_goes_on_from_the_micro_batches_before_it(keys, cls):
+    """Lightning's way: all micro-batches but the last by themselves, the last one in the closure."""
+    model = lora_mlp()
+    optimizer = wrap(model, cls, sigma=0.05)
+    before, losses = frozen(model), []
+
+    def closure():
+        losses.append(loss_of(model, 2))
+        losses[-1].backward()
+        return losses[-1]
+
+    for _ in range(2):
+        for micro in range(2):
+            loss_of(model, micro).backward()
+        optimizer.step(closure)
+        assert not optimizer.is_perturbed
+        optimizer.zero_grad()
+    assert list(dict.fromkeys(keys)) == [(step, draw) for step in range(2) for draw in range(3)]
+    assert len(losses) > 2 or cls is torch.optim.SGD
+    assert optimizer.step_count == 2
+    assert not changed(model, before)
+
+
 def test_both_passes_of_a_gradient_cache_share_a_draw(keys):
     model = lora_mlp()
     optimizer = wrap(model)

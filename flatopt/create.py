@@ -37,14 +37,16 @@ def create_flat_optimizer(
         kwargs: passed on to ``optimizer_cls`` (``weight_decay``, ``betas``, ...).
 
     Raises:
-        TypeError: if ``optimizer_cls`` is a name or an optimizer.
+        TypeError: if ``model`` is no module, or ``optimizer_cls`` a name or an optimizer.
         ValueError: if ``model`` has no trainable parameter, and whatever :class:`FlatPerturbOptimizer` refuses.
 
     Example::
 
         optimizer = create_flat_optimizer(model, torch.optim.AdamW, lr=5e-4, sigma=0.05, total_steps=1000, weight_decay=0.01)
     """
-    if isinstance(optimizer_cls, (str, Optimizer)):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80}. For raw parameters, use FlatPerturbOptimizer")
+    if isinstance(optimizer_cls, Optimizer) or not callable(optimizer_cls):
         raise TypeError(
             f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r:.80}. Around an optimizer that "
             "is there already, put FlatPerturbOptimizer"

@@ -45,6 +45,14 @@ def test_a_model_with_nothing_to_train_or_to_perturb_is_refused():
         create_flat_optimizer(model(), "adamw", lr=1e-2, total_steps=4)
 
 
+def test_arguments_that_are_no_model_and_no_class_are_told():
+    for wrong in (model().parameters(), torch.optim.AdamW):  # the latter: the two changed places
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got"):
+            create_flat_optimizer(wrong, torch.optim.AdamW, lr=1e-2, total_steps=4)
+    with pytest.raises(TypeError, match=r"must be a class, such as torch\.optim\.AdamW, got None"):
+        create_flat_optimizer(model(), None, lr=1e-2, total_steps=4)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lookahead_adamw"])
 def test_timms_optimizers(name):
     timm = pytest.importorskip("timm.optim")

@@ -749,6 +749,30 @@ def test_dora_with_dropout_is_refused():
         assert (unsupported_reason(weight, "filter") is not None) == refused
 
 
+def test_dora_gets_the_same_noise_and_divides_by_the_norm_of_the_clean_weight():
+    """In place it divides by that of the perturbed one: docs/quantized-bases.md says by how much that differs."""
+    peft = pytest.importorskip("peft")
+    x, found, weight = torch.randn(8, FAN_IN), {}, plain().weight
+    for restore in ("copy", "forward"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        base = nn.Linear(FAN_IN, ROWS, bias=False)
+        base.weight = nn.Parameter(weight.detach().clone())
+        model = peft.get_peft_model(nn.Sequential(base), config)
+        bare = torch.optim.SGD(trainable(model), lr=1e-3)
+        optimizer = FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant", restore=restore)
+        with optimizer.perturbed():
+            found[restore] = model(x).detach()
+            (plan,) = optimizer._weights._plans
+        layer = model.base_model.model[0]
+    update = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() * layer.scaling["default"]
+    merged, magnitude = weight.detach() + update, layer.lora_magnitude_vector["default"].weight.detach().unsqueeze(1)
+    noise = plan.std_of(plan.views[0]) * normals(weight_key(step_key(0, 0, 0), plan.views[0].index), ROWS, FAN_IN)
+    for restore, divisor in (("copy", merged + noise), ("forward", merged)):
+        expected = x @ ((merged + noise) * magnitude / divisor.norm(dim=1, keepdim=True)).t()
+        torch.testing.assert_close(found[restore], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("make", "name"), [(plain, "input"), (bitsandbytes_int8, "x")])
 def test_a_layer_called_by_keyword(make, name):
     net, x = Adapted(make().requires_grad_(False)), torch.randn(8, FAN_IN)

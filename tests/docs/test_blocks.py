@@ -42,6 +42,10 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
             exec(compiled, namespace)
 
 
+def test_the_readme_is_at_most_120_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_most_blocks_run():
     every = [runs for page in PAGES_WITH_CODE for _, _, runs in blocks(page)]
     assert sum(every) >= len(every) / 2

@@ -7,7 +7,8 @@ Problems with one right answer each (sums, letters to count, greatest common div
 model writes: as trained, and again after the adapter is merged and every weight rounded to 4 bits. The two runs of a seed
 differ in one line, the callback. The base is bf16 on a GPU (fp32 on a CPU, which has no fast bf16), the adapter fp32. lr and
 sigma are starting points, not tuned here: in docs/results/quantized.md twice the lr kept as much after rounding as noise did
-on this model, so sweep both. On a CPU a step takes 13 core-seconds, so the default about an hour on 2: try ``--tiny`` first.
+on this model, so sweep both. On a CPU a step takes 20 core-seconds and more, so the default one to two hours on 2 cores: try
+``--tiny`` first.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python examples/finetune_qlora.py --model meta-llama/Llama-3.1-8B --sigma 0.05 --lr 2e-4
 
 A packed weight cannot be written to, so flatopt adds the noise in the layer's forward instead; it sees by itself that the
-base is quantised, and the callback is the same as ever. On a CPU a plain step takes 16 core-seconds, so the default an hour
-or more on 2 cores: try ``--tiny`` first.
+base is quantised, and the callback is the same as ever. On a CPU a step takes 20 core-seconds and more, so the default one
+to two hours on 2 cores: try ``--tiny`` first.
 """
 
 import argparse

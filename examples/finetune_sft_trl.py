@@ -4,8 +4,8 @@
     python examples/finetune_sft_trl.py --model Qwen/Qwen3-0.6B --sigma 0.05 --lr 5e-4
 
 Nothing about TRL changes: the callback finds the adapter that ``peft_config=`` made when training begins. DPOTrainer and
-GRPOTrainer take the same callback; their reference and sampling forwards see the clean weights. On a CPU a step takes 13
-core-seconds, so the default about an hour on 2: try ``--tiny`` first.
+GRPOTrainer take the same callback; their reference and sampling forwards see the clean weights. On a CPU a step takes 20
+core-seconds and more, so the default one to two hours on 2 cores: try ``--tiny`` first.
 """
 
 import argparse

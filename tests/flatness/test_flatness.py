@@ -493,6 +493,13 @@ def test_pictures(tmp_path):
     assert matplotlib.get_backend()  # asking is allowed; nothing above chose one
 
 
+@pytest.mark.parametrize("panels", [{}, {"r = 1": {}}, [], None], ids=str)
+@pytest.mark.parametrize("plot", ["plot_curves", "plot_contours", "plot_surfaces", "plot_range_test"])
+def test_a_plot_of_nothing_says_what_it_needs(plot, panels):
+    with pytest.raises(ValueError, match=r"at least one .* got"):
+        getattr(flatness, plot)(panels)
+
+
 def test_matplotlib_is_not_needed_to_measure():
     code = "import sys; sys.modules['matplotlib'] = None; import flatopt; flatopt.flatness.expected_sharpness"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -534,6 +541,18 @@ def test_on_cuda(dtype):
         (lambda m: flatness.hessian_top_eigenvalue(m, loss_fn, BATCHES, max_iterations=0), ValueError, "max_iterations"),
         (lambda m: flatness.loss_curve(m, loss_fn, BATCHES, points=4), ValueError, "odd"),
         (lambda m: flatness.sigma_range_test(m, loss_fn, BATCHES, sigmas=(0.2, 0.1)), ValueError, "rising"),
+        # a boolean is no number, nor is what only compares like one
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma=True), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma="0.1"), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma=float("nan")), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, draws=2.5), ValueError, "draws must be an integer"),
+        (lambda m: flatness.worst_case_sharpness(m, loss_fn, BATCHES, rho=True), ValueError, "rho must be"),
+        (lambda m: flatness.worst_case_sharpness(m, loss_fn, BATCHES, steps=True), ValueError, "steps must be an integer"),
+        (lambda m: flatness.hessian_trace(m, loss_fn, BATCHES, draws="8"), ValueError, "draws must be an integer"),
+        (lambda m: flatness.hessian_top_eigenvalue(m, loss_fn, BATCHES, max_iterations=True), ValueError, "max_iterations"),
+        (lambda m: flatness.loss_curve(m, loss_fn, BATCHES, span=True), ValueError, "span must be"),
+        (lambda m: flatness.loss_surface(m, loss_fn, BATCHES, points=5.0), ValueError, "points must be an integer"),
+        (lambda m: flatness.sigma_range_test(m, loss_fn, BATCHES, sigmas=[True]), ValueError, "rising"),
     ],
 )
 def test_errors_say_what_to_do(call, error, match):

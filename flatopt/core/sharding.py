@@ -96,7 +96,7 @@ def own_parameters(module: nn.Module) -> "list[Tensor | None]":
     return [*module._parameters.values(), *inside]
 
 
-def let_go(module: "Any") -> bool:
+def reshard_amid_forward(module: "Any") -> bool:
     """Make an FSDP2 module hold its shards, also amid its forward; whether it held gathered parameters."""
     before = own_parameters(module)
     module.reshard()

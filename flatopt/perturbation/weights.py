@@ -12,7 +12,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..adapters.quantized import format_of
-from ..core.sharding import fsdp_modules, is_fsdp_module, let_go
+from ..core.sharding import fsdp_modules, is_fsdp_module, reshard_amid_forward
 from ..core.weight import AdaptedWeight, WeightView
 from ..ops import RESTORES as IN_PLACE
 from ..ops import Plan, writing
@@ -291,7 +291,7 @@ class PerturbedWeights:
     @contextmanager
     def gathered_again(self, running: "Sequence[nn.Module]") -> Iterator[None]:
         """A move inside forwards of the FSDP2 modules ``running``: these find gathered what they had gathered before it."""
-        gathered = [module for module in running if let_go(module)]
+        gathered = [module for module in running if reshard_amid_forward(module)]
         self.reshard()
         self._fsdp += [module for module in gathered if module not in self._fsdp]
         yield

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy
+import peft
 import pytest
 import torch
 from helpers import Mlp, batch, bits, lora_mlp, trainable
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from flatopt import FlatPerturbOptimizer, flatness, register_low_rank
+from flatopt.flatness.point import at_weights
+from flatopt.flatness.sharpness import noise_scales
 
 BATCHES = [batch(seed=1), batch(seed=2)]
 
@@ -81,6 +84,31 @@ def test_noise_is_proportional_to_each_rows_norm():
         exact = 0.4**2 / 16 * W[row].square().sum().item() * x.square().sum().item() / 2
         assert abs(found.value - exact) < 4 * found.stderr
         assert found.stderr < 0.1 * exact
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv, channels_last", "embedding"])
+def test_the_normals_are_those_of_training(layer):
+    """What moves the weights for the k-th sample is what step k of a run with that seed adds."""
+    base = {
+        "linear": lambda: nn.Linear(7, 5),
+        "conv, channels_last": lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+        "embedding": lambda: nn.Embedding(9, 6),
+    }[layer]()
+    model = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(r=2, target_modules=["0"]))
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(adapter, lr=0.1), model, sigma=0.5, schedule="constant", restore="copy", seed=3
+    )
+    optimizer.step_count = 4
+    weight = next(p for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
+    clean = weight.detach().clone()
+    with optimizer.perturbed():
+        noise = weight.detach() - clean
+    with at_weights(model, loss_fn, BATCHES, None) as point:
+        expected = point.random(0, 3, 4) * noise_scales(point)[0] * 0.5
+        signs = point.random(0, 3, 4, signs=True)
+    torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(signs, noise.sign())
 
 
 def test_samples_are_paired_by_seed():

@@ -18,7 +18,6 @@ from ..adapters.quantized import format_of
 from ..adapters.registry import find_weights
 from ..core.arguments import is_number, is_whole
 from ..core.checks import check, check_lasting
-from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
@@ -285,7 +284,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
         self._weights.reshard()  # gathered weights do not tell which ranks share one
-        rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
+        rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
         finally:

@@ -59,3 +59,8 @@ def skip_unless_traced_whole(model):
         pytest.skip(f"torch {torch.__version__} breaks the graph without flatopt too: {reason}")
     finally:
         torch._dynamo.reset()
+
+
+def std_in(plan, view):
+    """The std of the noise that a layer's forward puts on ``view``: ``(m, 1)`` or ``(1, 1)``; for "element", of |W|."""
+    return plan._layers[plan.views.index(view)].noisy.std

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-    from .weight import AdaptedWeight, WeightUpdate
+    from .weight import WeightUpdate
 
 _sharded: dict[type, bool] = {Tensor: False, nn.Parameter: False}  # of classes seen: asked of every parameter each step
 
@@ -96,7 +97,7 @@ def own_parameters(module: nn.Module) -> "list[Tensor | None]":
     return [*module._parameters.values(), *inside]
 
 
-def let_go(module: "Any") -> bool:
+def reshard_amid_forward(module: "Any") -> bool:
     """Make an FSDP2 module hold its shards, also amid its forward; whether it held gathered parameters."""
     before = own_parameters(module)
     module.reshard()
@@ -123,18 +124,25 @@ def fsdp_modules(roots: "Iterable[nn.Module]") -> "list[nn.Module]":
     return [module for root in roots for module in root.modules() if is_fsdp_module(module)]
 
 
-def data_parallel_rank(weights: "Iterable[AdaptedWeight]") -> int:
-    """This process's number among those that draw noise of their own.
+def mesh_of(tensors: "Iterable[Tensor]") -> "DeviceMesh | None":
+    """Of the first that is sharded over a mesh that this rank is part of."""
+    meshes = (tensor.device_mesh for tensor in tensors if is_sharded(tensor))
+    return next((mesh for mesh in meshes if mesh.get_coordinate() is not None), None)
+
+
+def tensor_parallel_mesh(roots: "Iterable[nn.Module]") -> "DeviceMesh | None":
+    """The mesh over which one forward of ``roots`` is split; None under FSDP2, where each rank has a forward of its own."""
+    roots = list(roots)
+    return None if fsdp_modules(roots) else mesh_of(p for root in roots for p in root.parameters())
+
+
+def data_parallel_rank(mesh: "DeviceMesh | None") -> int:
+    """This process's number among those that draw noise of their own; ``mesh``: over which weights or forwards are split.
 
     Ranks that hold parts of one weight, or replicas of it in one tensor-parallel forward, share a number: noise is keyed by
     global row, so their parts fit together, on any number of ranks.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0
-    for weight in weights:
-        if is_sharded(parameter := weight.parameter):
-            mesh = parameter.device_mesh
-            coordinate = mesh.get_coordinate()
-            if coordinate is not None:  # (data,) tensor or shard: the last dimension holds one forward, or one weight
-                return int(mesh.mesh[(*coordinate[:-1], 0)])
-    return torch.distributed.get_rank()
+    coordinate = None if mesh is None else mesh.get_coordinate()
+    if mesh is None or coordinate is None:
+        return torch.distributed.get_rank()
+    return int(mesh.mesh[(*coordinate[:-1], 0)])  # (data,) tensor or shard: the last dimension holds one forward, or weight

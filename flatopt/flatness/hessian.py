@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import nn
 
+from ..core.arguments import demand_whole
 from .point import LossFn, at_weights
 from .sharpness import Estimate, check_draws, estimate
 
@@ -62,8 +63,7 @@ def hessian_top_eigenvalue(
         max_iterations: Hessian products to stop at, converged or not.
         seed: names the first vector.
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations!r}")
+    demand_whole("max_iterations", max_iterations, 1)
     with at_weights(model, loss_fn, batches, targets) as point:
         last: list[torch.Tensor] | None = None
         v = [point.random(i, seed, 0) for i in range(len(point.weights))]

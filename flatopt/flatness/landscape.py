@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import nn
 
+from ..core.arguments import demand_positive, demand_whole
 from .point import LossFn, Point, at_weights
 
 
@@ -98,6 +99,8 @@ def _in_plane(d: "list[torch.Tensor]", x: float, e: "list[torch.Tensor]", y: flo
 
 
 def _positions(span: float, points: int) -> numpy.ndarray:
-    if not (span > 0 and points >= 3 and points % 2 == 1):
-        raise ValueError(f"span must be > 0 and points odd, at least 3; got {span!r} and {points!r}")
+    demand_positive("span", span)
+    demand_whole("points", points, 3, " and odd")
+    if points % 2 == 0:
+        raise ValueError(f"points must be odd, to pass through W' itself, got {points!r}")
     return numpy.linspace(-span, span, points)

@@ -20,6 +20,7 @@ def plot_curves(panels: "Mapping[str, Mapping[str, Curve]]") -> "Figure":
 
     As in Figure 6 of arXiv 2409.14396: ``{"r = 1": {"LoRA": curve, "Flat-LoRA": curve}, "r = 16": {...}}``.
     """
+    _demand_panels(panels, "curve")
     figure = _figure(4.2 * len(panels), 3.4)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
@@ -33,6 +34,7 @@ def plot_curves(panels: "Mapping[str, Mapping[str, Curve]]") -> "Figure":
 
 def plot_contours(panels: "Mapping[str, Mapping[str, Surface]]", levels: int = 12) -> "Figure":
     """Loss surfaces as filled contours: a row for each title, a column for each label, one colour scale for all."""
+    _demand_panels(panels, "surface")
     figure, rows = _figure(3.6 * _columns(panels), 3.2 * len(panels)), list(panels.items())
     axes = figure.subplots(len(rows), _columns(panels), sharex=True, sharey=True, squeeze=False)
     low, high = _range(panels)
@@ -49,6 +51,7 @@ def plot_contours(panels: "Mapping[str, Mapping[str, Surface]]", levels: int = 1
 
 def plot_surfaces(panels: "Mapping[str, Mapping[str, Surface]]") -> "Figure":
     """The same in three dimensions, with one scale of the loss for all."""
+    _demand_panels(panels, "surface")
     figure, rows = _figure(4.2 * _columns(panels), 3.8 * len(panels)), list(panels.items())
     axes = figure.subplots(len(rows), _columns(panels), squeeze=False, subplot_kw={"projection": "3d"})
     low, high = _range(panels)
@@ -63,6 +66,8 @@ def plot_surfaces(panels: "Mapping[str, Mapping[str, Surface]]") -> "Figure":
 def plot_range_test(tests: "Mapping[str, RangeTest] | RangeTest") -> "Figure":
     """The rise of the loss over σ with its standard error, the threshold, and each suggested σ."""
     tests = {"": tests} if isinstance(tests, RangeTest) else tests
+    if not (isinstance(tests, Mapping) and tests and all(isinstance(test, RangeTest) for test in tests.values())):
+        raise ValueError(f"tests must be a RangeTest, or at least one as {{label: RangeTest}}, got {tests!r:.80}")
     figure = _figure(5, 3.6)
     ax = figure.subplots()
     for label, test in tests.items():
@@ -74,6 +79,13 @@ def plot_range_test(tests: "Mapping[str, RangeTest] | RangeTest") -> "Figure":
     ax.set(xlabel="σ", ylabel="rise of the loss, E L(W′ + ε) − L(W′)", xscale="log", yscale="log")
     ax.legend()
     return figure
+
+
+def _demand_panels(panels: "Mapping[str, Mapping[str, object]]", what: str) -> None:
+    if not (isinstance(panels, Mapping) and panels and all(isinstance(p, Mapping) and p for p in panels.values())):
+        raise ValueError(
+            f"panels must have at least one title with one {what}, as {{title: {{label: {what}}}}}, got {panels!r:.80}"
+        )
 
 
 def _range(panels: "Mapping[str, Mapping[str, Surface]]") -> "tuple[float, float]":

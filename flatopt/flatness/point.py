@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.weight import AdaptedWeight, WeightUpdate, in_memory_order
-from ..ops import step_key, sub_key
+from ..ops.noise import normals_of_rows, row_keys, step_key, weight_key
+from ..ops.torch_backend import chunks
 from ..optimizers.groups import read_groups
 from ..perturbation.weights import restore_inside
 
@@ -60,12 +61,18 @@ class Point:
         return self._targets[index].rows(self._clean[index]).shape[1]
 
     def random(self, index: int, seed: int, draw: int, signs: bool = False) -> Tensor:
-        """Standard normals, or random signs, for weight ``index``: a function of the seed, the draw and the index alone."""
-        like = self._clean[index]
-        key = sub_key(step_key(seed, draw, 0), index)
-        generator = torch.Generator(like.device).manual_seed((key[0] << 31) ^ key[1])
-        z = torch.empty_like(like, dtype=_work(like))
-        return z.random_(2, generator=generator).mul_(2).sub_(1) if signs else z.normal_(generator=generator)
+        """Standard normals for weight ``index``, or their signs: those of :class:`flatopt.FlatPerturbOptimizer` at step
+        ``draw`` with that seed, on any device.
+        """
+        clean = self._clean[index]
+        z = torch.empty_like(clean, dtype=_work(clean))
+        rows = self.rows(index, z)
+        keys = row_keys(weight_key(step_key(seed, draw, 0), index + 1), len(rows), z.device)
+        for here in chunks(rows.shape[0], rows.shape[1], z.device):
+            top, left = here
+            part = rows[here]
+            part.copy_(normals_of_rows((keys[0][top], keys[1][top]), left.start, part.shape[1]))
+        return z.sign_() if signs else z
 
     @torch.no_grad()
     def move(self, offset_of: "Callable[[int], Tensor] | None") -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..core.arguments import is_number
 from .point import LossFn, at_weights
 from .sharpness import Estimate, check_draws, mean_rise, noise_scales
 
@@ -59,7 +60,7 @@ def sigma_range_test(
     """
     check_draws(draws)
     sigmas = tuple(sigmas)
-    if not sigmas or sorted(set(sigmas)) != list(sigmas) or sigmas[0] <= 0:
+    if not sigmas or not all(map(is_number, sigmas)) or sorted(set(sigmas)) != list(sigmas) or sigmas[0] <= 0:
         raise ValueError(f"sigmas must be positive and rising, got {sigmas!r}")
     with at_weights(model, loss_fn, batches, targets) as point:
         clean, scales = point.loss(), noise_scales(point)

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import nn
 
+from ..core.arguments import demand_positive, demand_whole, is_number
 from .point import LossFn, Point, at_weights
 
 
@@ -34,8 +35,7 @@ def estimate(samples: "list[float]") -> Estimate:
 
 
 def check_draws(draws: int) -> None:
-    if draws < 2:
-        raise ValueError(f"draws must be at least 2, for a standard error; got {draws!r}")
+    demand_whole("draws", draws, 2, ", for a standard error")
 
 
 def noise_scales(point: Point) -> "list[torch.Tensor]":
@@ -82,6 +82,8 @@ def expected_sharpness(
         seed: names the ε. The k-th sample of two models of one architecture has the same standard normals, so the difference
             between the models has a smaller error when it is taken sample by sample.
     """
+    if not (is_number(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
     check_draws(draws)
     with at_weights(model, loss_fn, batches, targets) as point:
         return mean_rise(point, point.loss(), sigma, draws, seed, noise_scales(point))
@@ -114,8 +116,8 @@ def worst_case_sharpness(
         adaptive: measure ε relative to the weights.
         steps: gradient evaluations. More find a larger rise; compare models at the same number.
     """
-    if not (rho > 0 and steps >= 1):
-        raise ValueError(f"rho must be > 0 and steps at least 1, got {rho!r} and {steps!r}")
+    demand_positive("rho", rho)
+    demand_whole("steps", steps, 1)
     with at_weights(model, loss_fn, batches, targets, space) as point:
         count = range(len(point.weights))
         T = [point.values(i).abs_() if adaptive else torch.ones((), device=point.weights[i].device) for i in count]

@@ -1,11 +1,9 @@
 """The optimizer wrapper: the one line that changes."""
 
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
 from ..adapters.registry import find_weights
+from ..core.arguments import is_number, is_whole
 from ..core.checks import check, check_lasting
-from ..core.sharding import data_parallel_rank
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
@@ -119,7 +117,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several "
                 "target groups to one FlatPerturbOptimizer"
             )
-        if not _is_whole(seed):
+        if not is_whole(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         if draws not in DRAWS:
             raise ValueError(f"draws must be one of {', '.join(DRAWS)}, got {draws!r}")
@@ -232,7 +230,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        if value is not None and not (_is_whole(value) and value >= 1):
+        if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"total_steps must be a positive integer, got {value!r}")
         self._total_steps = None if value is None else int(value)
 
@@ -286,7 +284,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
         self._weights.reshard()  # gathered weights do not tell which ranks share one
-        rank = 0 if self.shared else data_parallel_rank(self._weights.weights())
+        rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
         finally:
@@ -616,10 +614,6 @@ def _first_parameter(optimizer: Optimizer) -> int:
     return next((id(p) for group in optimizer.param_groups for p in group["params"]), 0)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
-
-
 def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
     if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
         reason = unsupported_reason(weight, group["noise"])
@@ -630,7 +624,7 @@ def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:
     """Raise for settings that do not fit; with ``optimizer``, also where its schedule has no length yet."""
     sigma, schedule = group["sigma"], group["schedule"]
-    if isinstance(sigma, bool) or not (isinstance(sigma, Real) and math.isfinite(sigma) and float(sigma) >= 0):
+    if not (is_number(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
     if not callable(schedule) and schedule not in list(SCHEDULES):
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a callable, got {schedule!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..core.arguments import is_number
 from ..core.checks import check
 from ..core.sharding import fsdp_modules, is_sharded, local
 from ..core.weight import AdaptedWeight
@@ -249,7 +250,7 @@ class SAM(OptimizerWrapper):
 
 
 def _check_rho(rho: float) -> None:
-    if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0):
+    if not (is_number(rho) and rho >= 0):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
 
 

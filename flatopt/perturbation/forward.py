@@ -23,12 +23,6 @@ from . import noisy_layers
 IDENTITY_ROWS = 256  # inputs at a time where W is asked for by multiplying it with the identity
 
 
-def forward_reason(weight: AdaptedWeight) -> "str | None":
-    """Why this weight can only be perturbed in its layer's forward: the name of its quantised format; None for others."""
-    form = format_of(weight.owner, weight.name)
-    return None if form is None else form.name
-
-
 COMPUTATIONS = {"linear": noisy_layers.linear, "conv": noisy_layers.conv, "embedding": noisy_layers.embedding}
 
 
@@ -82,10 +76,6 @@ class ForwardPlan:
         found = torch._foreach_sqrt(torch._foreach_div([t.unsqueeze(1) for t in sums], [float(n) for n in fan_ins]))
         torch._foreach_mul_(found, sigma)
         torch._foreach_copy_(stds, found)
-
-    def std_of(self, view: WeightView) -> Tensor:
-        """The std of a weight's noise: float32 ``(m, 1)`` or ``(1, 1)``, in units of \\|W\\| with ``noise="element"``."""
-        return self._layers[self.views.index(view)].noisy.std
 
     @torch.no_grad()
     def perturb(self, key: Key) -> None:

@@ -54,7 +54,7 @@ def add_torch_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool, num
 def add_noise_(rows: Tensor, std: Tensor, key: Tensor, relative: bool) -> Tensor:
     """:func:`add_torch_noise_` to a whole matrix; by a kernel where there is one for it."""
     kernels = None if relative or not rows.is_contiguous() else _kernels(rows.device.type)
-    if kernels is not None and kernels.takes(rows.shape, rows.dtype):
+    if kernels is not None and kernels.supports(rows.shape, rows.dtype):
         kernels.add_noise_(rows, std, key)
         return rows
     return add_torch_noise_(rows, std, key, relative)

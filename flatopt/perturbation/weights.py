@@ -7,12 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..adapters.quantized import format_of
-from ..core.sharding import fsdp_modules, is_fsdp_module, let_go
+from ..core.sharding import (
+    data_parallel_rank,
+    fsdp_modules,
+    is_fsdp_module,
+    mesh_of,
+    reshard_amid_forward,
+    tensor_parallel_mesh,
+)
 from ..core.weight import AdaptedWeight, WeightView
 from ..ops import RESTORES as IN_PLACE
 from ..ops import Plan, writing
@@ -60,6 +68,7 @@ class PerturbedWeights:
         self._kept_versions: list[tuple[WeightView, Any]] = []
         self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
+        self._mesh: tuple[Any] | None = None  # of the forward, where no weight tells it: looked up once
         self._lock = threading.RLock()
         self._process = os.getpid()
 
@@ -288,10 +297,20 @@ class PerturbedWeights:
         for module in self._fsdp:
             module.reshard()  # type: ignore[operator]
 
+    def data_parallel_rank(self) -> int:
+        """This process's number among those that draw noise of their own."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0
+        mesh = mesh_of(weight.parameter for weight in self.weights())
+        if mesh is None:
+            self._mesh = self._mesh or (tensor_parallel_mesh(self.roots),)
+            (mesh,) = self._mesh
+        return data_parallel_rank(mesh)
+
     @contextmanager
     def gathered_again(self, running: "Sequence[nn.Module]") -> Iterator[None]:
         """A move inside forwards of the FSDP2 modules ``running``: these find gathered what they had gathered before it."""
-        gathered = [module for module in running if let_go(module)]
+        gathered = [module for module in running if reshard_amid_forward(module)]
         self.reshard()
         self._fsdp += [module for module in gathered if module not in self._fsdp]
         yield

@@ -169,12 +169,34 @@ def along_outputs():
     return train(model, model)
 
 
+def replicated(adapted):
+    """The noise of two steps on ``head``, which each rank has whole, beside ``first``, which is split."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = lora_mlp(target_modules=adapted)
+    first = model.base_model.model.first
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    parallelize_module(getattr(first, "base_layer", first), mesh, ColwiseParallel(output_layouts=Replicate()))
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    optimizer = FlatPerturbOptimizer(optimizer, model, sigma=0.1, schedule="constant")
+    weight, noise = model.base_model.model.head.base_layer.weight, []
+    clean = weight.detach().clone()
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        noise.append(weight.detach() - clean)
+        optimizer.step()
+    return noise
+
+
 JOBS = {
     "fsdp1, parameters kept": (fsdp1, True),
     "fsdp1, flat parameters": (fsdp1, False),
     "fsdp1, bases ignored": (ignored_by_fsdp1,),
     "tensor parallel, inputs": (along_inputs,),
     "tensor parallel, outputs": (along_outputs,),
+    "tensor parallel, the split one too": (replicated, ["first", "head"]),
+    "tensor parallel, a whole one alone": (replicated, ["head"]),
     "zero 1": (zero, 1),
     "zero 2": (zero, 2),
     "zero 3": (zero_3, False),
@@ -223,3 +245,12 @@ def test_tensor_parallelism_along_inputs_is_refused_and_may_be_left_out(on_two_r
 def test_tensor_parallelism_along_outputs_works(on_two_ranks):
     for noisy, left, count in on_two_ranks("tensor parallel, outputs"):
         assert (noisy, left, count) == ([["first", "second"]] * STEPS, [], STEPS)
+
+
+@pytest.mark.parametrize("adapted", ["the split one too", "a whole one alone"])
+def test_the_ranks_of_one_forward_have_one_noise_on_a_whole_weight(on_two_ranks, adapted):
+    mine, others = on_two_ranks(f"tensor parallel, {adapted}")
+    for here, there in zip(mine, others):
+        assert here.any()
+        assert torch.equal(here, there)
+    assert not torch.equal(mine[0], mine[1])

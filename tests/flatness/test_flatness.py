@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy
+import peft
 import pytest
 import torch
 from helpers import Mlp, batch, bits, lora_mlp, trainable
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from flatopt import FlatPerturbOptimizer, flatness, register_low_rank
+from flatopt.flatness.point import at_weights
+from flatopt.flatness.sharpness import noise_scales
 
 BATCHES = [batch(seed=1), batch(seed=2)]
 
@@ -81,6 +84,31 @@ def test_noise_is_proportional_to_each_rows_norm():
         exact = 0.4**2 / 16 * W[row].square().sum().item() * x.square().sum().item() / 2
         assert abs(found.value - exact) < 4 * found.stderr
         assert found.stderr < 0.1 * exact
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv, channels_last", "embedding"])
+def test_the_normals_are_those_of_training(layer):
+    """What moves the weights for the k-th sample is what step k of a run with that seed adds."""
+    base = {
+        "linear": lambda: nn.Linear(7, 5),
+        "conv, channels_last": lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+        "embedding": lambda: nn.Embedding(9, 6),
+    }[layer]()
+    model = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(r=2, target_modules=["0"]))
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(adapter, lr=0.1), model, sigma=0.5, schedule="constant", restore="copy", seed=3
+    )
+    optimizer.step_count = 4
+    weight = next(p for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
+    clean = weight.detach().clone()
+    with optimizer.perturbed():
+        noise = weight.detach() - clean
+    with at_weights(model, loss_fn, BATCHES, None) as point:
+        expected = point.random(0, 3, 4) * noise_scales(point)[0] * 0.5
+        signs = point.random(0, 3, 4, signs=True)
+    torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(signs, noise.sign())
 
 
 def test_samples_are_paired_by_seed():
@@ -493,6 +521,13 @@ def test_pictures(tmp_path):
     assert matplotlib.get_backend()  # asking is allowed; nothing above chose one
 
 
+@pytest.mark.parametrize("panels", [{}, {"r = 1": {}}, [], None], ids=str)
+@pytest.mark.parametrize("plot", ["plot_curves", "plot_contours", "plot_surfaces", "plot_range_test"])
+def test_a_plot_of_nothing_says_what_it_needs(plot, panels):
+    with pytest.raises(ValueError, match=r"at least one .* got"):
+        getattr(flatness, plot)(panels)
+
+
 def test_matplotlib_is_not_needed_to_measure():
     code = "import sys; sys.modules['matplotlib'] = None; import flatopt; flatopt.flatness.expected_sharpness"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -534,6 +569,18 @@ def test_on_cuda(dtype):
         (lambda m: flatness.hessian_top_eigenvalue(m, loss_fn, BATCHES, max_iterations=0), ValueError, "max_iterations"),
         (lambda m: flatness.loss_curve(m, loss_fn, BATCHES, points=4), ValueError, "odd"),
         (lambda m: flatness.sigma_range_test(m, loss_fn, BATCHES, sigmas=(0.2, 0.1)), ValueError, "rising"),
+        # a boolean is no number, nor is what only compares like one
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma=True), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma="0.1"), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, sigma=float("nan")), ValueError, "sigma must be"),
+        (lambda m: flatness.expected_sharpness(m, loss_fn, BATCHES, draws=2.5), ValueError, "draws must be an integer"),
+        (lambda m: flatness.worst_case_sharpness(m, loss_fn, BATCHES, rho=True), ValueError, "rho must be"),
+        (lambda m: flatness.worst_case_sharpness(m, loss_fn, BATCHES, steps=True), ValueError, "steps must be an integer"),
+        (lambda m: flatness.hessian_trace(m, loss_fn, BATCHES, draws="8"), ValueError, "draws must be an integer"),
+        (lambda m: flatness.hessian_top_eigenvalue(m, loss_fn, BATCHES, max_iterations=True), ValueError, "max_iterations"),
+        (lambda m: flatness.loss_curve(m, loss_fn, BATCHES, span=True), ValueError, "span must be"),
+        (lambda m: flatness.loss_surface(m, loss_fn, BATCHES, points=5.0), ValueError, "points must be an integer"),
+        (lambda m: flatness.sigma_range_test(m, loss_fn, BATCHES, sigmas=[True]), ValueError, "rising"),
     ],
 )
 def test_errors_say_what_to_do(call, error, match):

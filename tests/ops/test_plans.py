@@ -29,10 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in
 
 
 def cases():
-    """(backend, device) of all that can run here."""
-    if INTERPRETED:
-        return [("triton", "cpu")]
-    return [("torch", "cpu")] + ([("torch", "cuda"), ("triton", "cuda")] if CUDA else [])
+    """(backend, device) of all that is registered and can run here; in the interpreter, of what it interprets."""
+    views = [weight_view(torch.zeros(2, 2, device=device)) for device in ("cpu", *(["cuda"] if CUDA else []))]
+    found = [(b.name, v.tensor.device.type) for v in views for b in backend.BACKENDS if b.supports(v, "filter") is None]
+    return [case for case in found if case[0] != "torch"] if INTERPRETED else found
 
 
 @pytest.fixture(params=cases(), ids="-".join)
@@ -42,8 +42,8 @@ def device(request, monkeypatch):
     return device
 
 
-def takes(noise="filter", dtype=torch.float32):
-    return backend.BACKENDS[0].name == "torch" or (noise != "element" and dtype != torch.float64)
+def supported(device, noise="filter", dtype=torch.float32):
+    return backend.BACKENDS[0].supports(weight_view(torch.zeros(2, 2, dtype=dtype, device=device)), noise) is None
 
 
 @pytest.mark.timeout(1800)
@@ -81,7 +81,7 @@ def views_of_all_layouts(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_the_references(device, dtype):
-    if not takes(dtype=dtype):
+    if not supported(device, dtype=dtype):
         pytest.skip("not a dtype of this backend")
     views, sigma = views_of_all_layouts(dtype, device), 0.05
     plans, clean = Plans(views), [view.rows.clone() for view in views]
@@ -108,7 +108,7 @@ def test_bits_are_the_references(device, dtype):
 @pytest.mark.parametrize("noise", ops.NOISES)
 def test_size_and_shape_of_every_noise(device, noise, mode):
     """W's move in units of the noise's own standard deviation is the normals, rounded."""
-    if not takes(noise):
+    if not supported(device, noise):
         pytest.skip("not a noise of this backend")
     views, sigma = views_of_all_layouts(torch.float32, device), 0.05
     plans, clean = Plans(views, noise, mode), [view.rows.double().cpu() for view in views]
@@ -151,7 +151,7 @@ def strange(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("noise", ops.NOISES)
 def test_odd_bits_come_back(device, dtype, sigma, noise):
-    if not takes(noise, dtype) or (INTERPRETED and noise != "filter"):
+    if not supported(device, noise, dtype) or (INTERPRETED and noise != "filter"):
         pytest.skip("not of this backend, or too slow")
     views = [weight_view(strange(dtype, device)), weight_view(strange(dtype, device).t().contiguous().t(), index=2)]
     plans, clean = Plans(views, noise), clones(views)
@@ -372,7 +372,7 @@ class RaiseAt(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ops.RESTORES)
 @pytest.mark.parametrize("noise", ops.NOISES)
 def test_an_exception_at_any_operation_loses_nothing(device, noise, mode, during, after):
-    if not takes(noise) or (INTERPRETED and noise != "filter"):
+    if not supported(device, noise) or (INTERPRETED and noise != "filter"):
         pytest.skip("not of this backend, or too slow")
     views = [
         weight_view(gaussian(5, 6, device=device), factors(5, 6, device=device)),

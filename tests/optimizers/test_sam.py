@@ -550,6 +550,7 @@ def test_targets_can_be_groups_and_raw_parameters():
     [
         ({"rho": -0.1}, "rho must be"),
         ({"rho": float("nan")}, "rho must be"),
+        ({"rho": True}, "rho must be"),
         ({"space": "base"}, "adapter, full"),
         ({"space": "full", "targets": None}, "targets=model"),
         ({"space": "full", "targets": nn.Linear(2, 2)}, "no low-rank module"),

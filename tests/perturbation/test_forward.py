@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import bits, on_every_device, trainable
+from helpers import bits, on_every_device, std_in, trainable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from flatopt.adapters.quantized import format_of, packed_name
 from flatopt.core.weight import AdaptedWeight, WeightUpdate, WeightView
 from flatopt.ops.noise import normals, step_key, weight_key
 from flatopt.perturbation import forward
-from flatopt.perturbation.forward import ForwardPlan, forward_reason, own_forwards
+from flatopt.perturbation.forward import ForwardPlan, own_forwards
 
 ROWS, FAN_IN, SIGMA, KEY = 32, 128, 0.1, step_key(seed=0, step=5, rank=0)
 
@@ -252,18 +252,18 @@ def test_switched_off_the_layer_does_what_it_did(make, device):
 @pytest.mark.parametrize("make", (FORMATS | ADDED).values(), ids=FORMATS | ADDED)
 def test_every_format_is_known_by_name(make):
     layer = build(make)
-    assert forward_reason(view_of(layer).weight)
+    assert format_of(layer, packed_name(layer)).name
 
 
 def test_an_empty_weight_beside_the_packed_one_is_passed_by(monkeypatch):
     layer = build(FORMATS["HQQ 4 bit, axis 1"])
     monkeypatch.setattr(type(layer), "weight", property(lambda layer: torch.empty(0)), raising=False)  # transformers 5.17
     assert packed_name(layer) == "W_q"
-    assert forward_reason(view_of(layer).weight) == "HQQ"
+    assert format_of(layer, packed_name(layer)).name == "HQQ"
 
 
 def test_plain_weights_need_no_noise_in_the_forward():
-    assert forward_reason(view_of(plain()).weight) is None
+    assert format_of(plain(), "weight") is None
     assert unsupported_reason(view_of(plain()).weight, "filter") is None
 
 
@@ -304,8 +304,8 @@ def test_an_fp32_weight_gets_the_noise_of_copy_bit_for_bit(make, shape, noise):
             sums = rows.square().sum(1, keepdim=True)
             std = SIGMA * ((sums / rows.shape[1]).sqrt() if noise == "filter" else (sums.sum() / rows.numel()).sqrt())
         if noise != "element":
-            torch.testing.assert_close(std.expand_as(plan.std_of(view)), plan.std_of(view))
-            std = plan.std_of(view)
+            torch.testing.assert_close(std.expand_as(std_in(plan, view)), std_in(plan, view))
+            std = std_in(plan, view)
         rows.add_(epsilon(rows.shape) * std)
     expected = layer(x)
     expected.square().sum().backward()
@@ -321,7 +321,7 @@ def test_an_embedding_gets_the_noise_of_its_rows(noise):
     table = nn.Embedding(ROWS, FAN_IN).requires_grad_(False)
     tokens = torch.tensor([[3, 0, 31], [3, 7, 1]])
     plan = perturbed(view_of(table), noise)
-    std = plan.std_of(plan.views[0])
+    std = std_in(plan, plan.views[0])
     std = std * table.weight.abs() if noise == "element" else std
     expected = F.embedding(tokens, table.weight + epsilon(table.weight.shape) * std)
     torch.testing.assert_close(table(tokens), expected)
@@ -344,7 +344,7 @@ def test_isotropic_noise_has_one_std_for_all_weights():
     weights = [layers[0].weight, dequantized(layers[1])]
     rms = torch.cat([w.flatten() for w in weights]).square().mean().sqrt()
     for view in plan.views:
-        torch.testing.assert_close(plan.std_of(view), (SIGMA * rms).view(1, 1))
+        torch.testing.assert_close(std_in(plan, view), (SIGMA * rms).view(1, 1))
 
 
 @pytest.mark.parametrize("make", [Packed, partial(bitsandbytes_4bit, "nf4")], ids=["packed", "nf4"])
@@ -367,7 +367,7 @@ def test_the_std_follows_the_merged_weight(make, kind, batched_on, monkeypatch):
         "row_norm": WeightUpdate(row_norm=norm),
     }
     plan = perturbed(view_of(layer, update=updates[kind]))
-    torch.testing.assert_close(plan.std_of(plan.views[0]).flatten(), SIGMA * norm / FAN_IN**0.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std_in(plan, plan.views[0]).flatten(), SIGMA * norm / FAN_IN**0.5, rtol=1e-4, atol=1e-5)
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_accelerates_hooks_go_on_around_the_noise():
     view = view_of(layer)
     plan = perturbed(view)
     y = layer(x)
-    expected = F.linear(2 * x, layer.weight + epsilon(layer.weight.shape) * plan.std_of(view), layer.bias)
+    expected = F.linear(2 * x, layer.weight + epsilon(layer.weight.shape) * std_in(plan, view), layer.bias)
     torch.testing.assert_close(y, expected)
     own_forwards([view.weight])
     assert torch.equal(layer(x), F.linear(2 * x, layer.weight, layer.bias))
@@ -525,7 +525,7 @@ def test_a_new_plan_takes_the_layer_over():
     view = view_of(layer, index=4)
     plan = perturbed(view)
     torch.testing.assert_close(
-        layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * plan.std_of(view), layer.bias)
+        layer(x), F.linear(x, layer.weight + epsilon((ROWS, FAN_IN), 4) * std_in(plan, view), layer.bias)
     )
     own_forwards([view.weight])
     assert "forward" not in layer.__dict__

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import bits, on_every_device, trainable
+from helpers import bits, on_every_device, std_in, trainable
 from torch import nn
 
 from flatopt import FlatPerturbOptimizer
@@ -61,7 +61,7 @@ def dense_at_noise(model, plan, key=KEY):
         weight = format_of(owner, "weight").dequantize(owner, owner.weight).float()
         linear = nn.Linear(weight.shape[1], len(weight), bias=False)
         noise = normals(weight_key(key, view.index), *weight.shape).to(weight.device)
-        linear.weight = nn.Parameter(weight + plan.std_of(view) * noise, requires_grad=False)
+        linear.weight = nn.Parameter(weight + std_in(plan, view) * noise, requires_grad=False)
         twin.base_layer = linear
     return dense
 
@@ -247,7 +247,7 @@ def test_adalora_on_a_4_bit_base_tells_its_update_in_factors(folder):
     (plan,) = optimizer._weights._plans
     view = next(view for view in plan.views if view.weight is weight)
     expected = 0.3 * merged.norm(dim=1, keepdim=True) / W.shape[1] ** 0.5
-    torch.testing.assert_close(plan.std_of(view), expected.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(std_in(plan, view), expected.detach(), rtol=1e-3, atol=0)
     noisy.sum().backward()
     optimizer.step()
     with torch.no_grad():

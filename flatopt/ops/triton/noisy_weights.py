@@ -89,7 +89,7 @@ def _launch(out: Tensor, source: Tensor, std: Tensor, key: Tensor, kept: int, bl
     return out
 
 
-def takes(shape: "tuple[int, ...] | torch.Size", dtype: torch.dtype) -> bool:
+def supports(shape: "tuple[int, ...] | torch.Size", dtype: torch.dtype) -> bool:
     """Whether W + ε of this shape and type can be made here: pairs of columns must not straddle rows."""
     return len(shape) == 2 and shape[1] % 2 == 0 and shape[0] > 0 and dtype in DTYPES
 

@@ -767,7 +767,7 @@ def test_dora_gets_the_same_noise_and_divides_by_the_norm_of_the_clean_weight():
         layer = model.base_model.model[0]
     update = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() * layer.scaling["default"]
     merged, magnitude = weight.detach() + update, layer.lora_magnitude_vector["default"].weight.detach().unsqueeze(1)
-    noise = plan.std_of(plan.views[0]) * normals(weight_key(step_key(0, 0, 0), plan.views[0].index), ROWS, FAN_IN)
+    noise = std_in(plan, plan.views[0]) * normals(weight_key(step_key(0, 0, 0), plan.views[0].index), ROWS, FAN_IN)
     for restore, divisor in (("copy", merged + noise), ("forward", merged)):
         expected = x @ ((merged + noise) * magnitude / divisor.norm(dim=1, keepdim=True)).t()
         torch.testing.assert_close(found[restore], expected, rtol=1e-4, atol=1e-5)

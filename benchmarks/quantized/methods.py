@@ -21,6 +21,22 @@ def adapted(task, rank: int) -> nn.Module:
     return get_peft_model(task.model(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(task.targets)))
 
 
+def as_it_is():
+    """Inside, compiled modules run as written: compiled code does not see hooks that come later."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def compile_blocks(model: nn.Module, kind: str) -> None:
+    """Compile the modules of class ``kind``: of a model of many small layers most time goes to the number of kernels.
+
+    One shape a kernel and no limit on how many: what a run computes must not depend on what ran before it.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for module in model.modules():
+        if type(module).__name__ == kind:
+            module.compile(dynamic=False)
+
+
 class Lora:
     """One adapted layer: its frozen weight and factors as matrices (rows, fan-in), (rows, r), (r, fan-in)."""
 
@@ -87,6 +103,8 @@ class Trainer:
         self.model = adapted(task, self.rank)
         self.layers = [Lora(m) for m in self.model.modules() if hasattr(m, "lora_A")]
         self.parameters = [p for layer in self.layers for p in (layer.A, layer.B)]
+        if self.layers[0].weight.is_cuda and task.block is not None:
+            compile_blocks(self.model, task.block)
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -101,7 +119,8 @@ class Trainer:
         if known not in self._gradients:
             wanted = [*self.parameters, *([layer.weight for layer in self.layers] if full else [])]
             batch = tuple(t[: len(t) // parts] for t in self.batch)
-            self._gradients[known] = Gradient(self.model, self.task.loss_and_accuracy, batch, wanted)
+            with as_it_is() if key else contextlib.nullcontext():
+                self._gradients[known] = Gradient(self.model, self.task.loss_and_accuracy, batch, wanted)
         return self._gradients[known]
 
     def reset(self, seed: int) -> None:

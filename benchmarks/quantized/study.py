@@ -46,7 +46,6 @@ STRENGTHS = {
 MIDDLE = {method: some[(len(some) - 1) // 2] for method, some in STRENGTHS.items()} | {"sam-full": 0.05}
 SIGNS = dict.fromkeys(STRENGTHS, "σ") | dict.fromkeys(("sam-adapter", "sam-full", "bilora", "efm"), "ρ")
 SIGNS |= {"group": "×", "nbar": "a", "dropout": "p"}
-LR_TIMES = (0.5, 1.0, 1.5, 2.0, 4.0)
 CONTROLS = ({"weight_decay": 0.1}, {"weight_decay": 1.0}, {"steps": 0.5}, {"ema": 0.98})  # of plain LoRA
 RANKS = (2, 32)
 BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, as QLoRA does
@@ -107,6 +106,8 @@ def measure(trainer) -> dict:
 
     from flatopt.flatness import quantization_test
 
+    from .methods import as_it_is
+
     task, seen = trainer.task, []
     parts = {part: task.evaluation(part) for part in ("validation", "test", "ood")}
     chunk = 300 if task.name == "smollm2" else 500
@@ -118,7 +119,8 @@ def measure(trainer) -> dict:
         seen.append((part, len(tensors[0]), loss.item(), accuracy.item()))
         return loss
 
-    found = quantization_test(trainer.model, score, batches, formats=FORMATS)
+    with as_it_is():
+        found = quantization_test(trainer.model, score, batches, formats=FORMATS)
     metrics = {"error": {name: round(r.error, 5) for name, r in found.rounded.items()}}
     for i, name in enumerate(("full", *FORMATS)):
         here, metrics[name] = seen[i * len(batches) : (i + 1) * len(batches)], {}
@@ -227,7 +229,7 @@ def tune(runner: Runner, seeds, methods) -> None:
     """An lr for each of ``methods`` at its middle strength, then its strength: the best after int4 (one scale a row) of
     those that lose at most one point of plain's accuracy at full precision."""
     store, task = runner.store, runner.task
-    grid = {m: [make_config(task, m, MIDDLE[m], task.lr * t) for t in LR_TIMES] for m in methods}
+    grid = {m: [make_config(task, m, MIDDLE[m], task.lr * t) for t in task.lr_times] for m in methods}
     runner([(c, s) for configs in grid.values() for c in configs for s in seeds], "learning rates")
     lr = {m: max(configs, key=lambda c: validation(store, c, seeds))["lr"] for m, configs in grid.items()}
     strengths = {m: [make_config(task, m, s, lr[m]) for s in STRENGTHS[m]] for m in methods}

@@ -65,6 +65,8 @@ class EfficientNet:
     labels, batch, steps = 100, 25, 150
     rank, lr = 8, 1e-3
     grid = (1, 2, 3, 4, 6)  # times lr: where noise is held against plain LoRA at the same lr
+    lr_times = (0.5, 1.0, 1.5, 2.0, 4.0)  # among which each method's lr is chosen
+    block = None  # the class of modules that are compiled on a GPU
     dtype = torch.float32
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

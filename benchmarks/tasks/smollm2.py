@@ -131,6 +131,8 @@ class SmolLM2:
     labels, batch, steps = 300, 24, 200  # problems of each family, batch size, optimizer steps
     rank, lr = 8, 2e-3
     grid = (0.5, 1, 1.5, 2)  # times lr: where noise is held against plain LoRA at the same lr
+    lr_times = (0.5, 1.0, 1.5, 2.0)  # among which each method's lr is chosen
+    block = "LlamaDecoderLayer"  # the class of modules that are compiled on a GPU
     dtype = torch.bfloat16
 
     def __init__(self, device: str, cache: Path, quick: bool = False):

@@ -15,7 +15,7 @@ from benchmarks.quantized.rivals import RIVALS, noise_of
 
 class Toy:
     name, targets, rank, lr, batch, steps, dtype = "toy", ("first", "second"), 2, 1e-2, 4, 6, torch.float32
-    grid = (1, 2)
+    grid, lr_times, block = (1, 2), (0.5, 1.0), None
 
     def model(self):
         torch.manual_seed(0)

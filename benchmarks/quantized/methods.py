@@ -22,7 +22,8 @@ def adapted(task, rank: int) -> nn.Module:
 
 
 def as_it_is():
-    """Inside, compiled modules run as written: compiled code does not see hooks that come later."""
+    """Inside, compiled modules run as written: compiled code sees neither hooks that come later nor that W is to be
+    differentiated."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -119,7 +120,7 @@ class Trainer:
         if known not in self._gradients:
             wanted = [*self.parameters, *([layer.weight for layer in self.layers] if full else [])]
             batch = tuple(t[: len(t) // parts] for t in self.batch)
-            with as_it_is() if key else contextlib.nullcontext():
+            with as_it_is() if key or full else contextlib.nullcontext():
                 self._gradients[known] = Gradient(self.model, self.task.loss_and_accuracy, batch, wanted)
         return self._gradients[known]
 

@@ -114,15 +114,19 @@ class Trainer:
         self._gradients = {}
 
     def gradient(self, full: bool = False, parts: int = 1, key: object = None) -> Gradient:
-        """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``. Kept by these and by
-        ``key``, for a method that changes what the model computes."""
+        """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``. The last is kept by these
+        and by ``key``, for a method that changes what the model computes; each has a graph's memory of its own."""
         known = full, parts, key
         if known not in self._gradients:
+            self.drop_gradients()
             wanted = [*self.parameters, *([layer.weight for layer in self.layers] if full else [])]
             batch = tuple(t[: len(t) // parts] for t in self.batch)
             with as_it_is() if key or full else contextlib.nullcontext():
                 self._gradients[known] = Gradient(self.model, self.task.loss_and_accuracy, batch, wanted)
         return self._gradients[known]
+
+    def drop_gradients(self) -> None:
+        self._gradients.clear()
 
     def reset(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

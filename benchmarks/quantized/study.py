@@ -91,6 +91,9 @@ def _run(config: dict, seed: int) -> dict:
 
         _trainers[rank] = Trainer(_task, rank)
     trainer, start = _trainers[rank], time.perf_counter()
+    for other in _trainers.values():
+        if other is not trainer:
+            other.drop_gradients()
     with trainer.rounded_base(config.get("base")):
         trainer.run(config, seed)
         trained = time.perf_counter() - start

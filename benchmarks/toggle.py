@@ -37,7 +37,7 @@ def measure(label: str, name: str) -> dict:
     gpu: dict[str, list[float]] = {"perturb": [], "restore": []}
     host: dict[str, list[float]] = {"perturb": [], "restore": []}
     for step in range(WARM + STEPS):
-        for what, call in (("perturb", optimizer.perturb), ("restore", optimizer.step)):
+        for what, call in (("perturb", optimizer.perturb), ("restore", optimizer.restore)):
             [object() for _ in range(200_000)]  # what a training step does to the host's caches
             torch.cuda.synchronize()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -50,6 +50,7 @@ def measure(label: str, name: str) -> dict:
             if step >= WARM:
                 gpu[what].append(start.elapsed_time(end))
                 host[what].append(spent)
+        optimizer.step()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(4):
             optimizer.perturb()

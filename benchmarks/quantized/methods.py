@@ -114,8 +114,10 @@ class Trainer:
         self._gradients = {}
 
     def gradient(self, full: bool = False, parts: int = 1, key: object = None) -> Gradient:
-        """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``. The last is kept by these
-        and by ``key``, for a method that changes what the model computes; each has a graph's memory of its own."""
+        """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``.
+
+        The last is kept, by these and by ``key``, for a method that changes what the model computes: each has a graph's memory.
+        """
         known = full, parts, key
         if known not in self._gradients:
             self.drop_gradients()

@@ -69,6 +69,40 @@ def lost_table(pairs: "list[tuple[str, dict, dict]]") -> str:
     return "\n".join(lines)
 
 
+def tuned_table(along: "dict[str, dict[float, dict]]") -> str:
+    """Plain LoRA at the lr and noise at the lr and σ that are best for the very format. For each seed they are chosen by the
+    other seeds' validation accuracy in that format, and that seed's test accuracy counts."""
+    rows = {(line, lr): seeds for line, lrs in along.items() for lr, seeds in lrs.items()}
+    most = max(map(len, rows.values()))
+    rows = {row: seeds for row, seeds in rows.items() if len(seeds) >= 0.75 * most}
+    seeds = sorted(set.intersection(*(set(each) for each in rows.values())))
+    lines = ["| format | plain | Δ noise | Δ there at full precision | plain's lr | noise's σ and lr |", "|---" * 6 + "|"]
+    found = {}
+    for form in ("full", *FORMATS):
+        best: dict[bool, list] = {}
+        for noisy in (False, True):
+            mine = [row for row in rows if (row[0] != "plain") is noisy]
+            best[noisy] = []
+            for seed in seeds:
+                others = [s for s in seeds if s != seed]
+                best[noisy].append(max(mine, key=lambda r: np.mean([rows[r][s][form]["validation"][0] for s in others])))
+        tested = {
+            noisy: np.array([[rows[r][s][f]["test"][0] for f in (form, "full")] for r, s in zip(best[noisy], seeds)])
+            for noisy in best
+        }
+        deltas = [paired(each) for each in (tested[True] - tested[False]).T]
+        usual = [max(set(best[noisy]), key=best[noisy].count) for noisy in (False, True)]
+        found[form] = tested[False][:, 0].mean(), deltas, usual
+    stars = dict(zip(found, holm([deltas[0][2] for _, deltas, _ in found.values()])))
+    for form, (plain, (here, full), ((_, lr), (sigma, its_lr))) in found.items():
+        star = "\\*" if stars[form] < 0.05 else ""
+        lines.append(
+            f"| {form} | {plain:.1f} | {here[0]:+.1f} ± {here[1]:.1f}{star} | {full[0]:+.1f} ± {full[1]:.1f} | {lr:g} | "
+            f"{sigma}, {its_lr:g} |"
+        )
+    return f"Over {len(seeds)} seeds; the settings most seeds chose.\n\n" + "\n".join(lines)
+
+
 def tuning_table(store: Store) -> str:
     """Means over the tuning seeds, at every lr that was tried."""
     shown = {"full precision": "full", "int4": "int4", "int4/32": "int4/32", "NF4": "nf4/64", "int3/32": "int3/32"}
@@ -215,6 +249,7 @@ def write(results: Path, tasks: "list[str]") -> None:
                 text.append(f"### At lr {each:g}, against plain LoRA at that lr\n\n" + difference_table(here))
         along = by_sigma(named)
         best = best_lr(along)
+        text.append("### Each tuned for the format that it is served in\n\n" + tuned_table(along))
         at = [pair for row, pair in pairs.items() if row.endswith((f", lr {lr:g}", f", lr {best:g}"))]
         text.append("### What rounding costs, in points (and as a share of what it costs plain)\n\n" + lost_table(at))
         if equal := equal_accuracy(named, lr):

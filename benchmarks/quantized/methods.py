@@ -116,7 +116,7 @@ class Trainer:
     def gradient(self, full: bool = False, parts: int = 1, key: object = None) -> Gradient:
         """Of the adapter alone, or of the frozen weights too; of a batch, or of one of its ``parts``.
 
-        The last is kept, by these and by ``key``, for a method that changes what the model computes: each has a graph's memory.
+        The last is kept, by these and by ``key``, for a method that changes what is computed: each has a graph's memory.
         """
         known = full, parts, key
         if known not in self._gradients:

@@ -386,7 +386,7 @@ def test_an_exception_at_any_operation_loses_nothing(device, noise, mode, during
     plans.restore()
     number, raised = 0, True
     while raised:
-        number += 17 if INTERPRETED else 1 if noise in ("filter", "element") else 4
+        number += 53 if INTERPRETED else 1 if noise == "filter" else 3  # the interpreter counts its own, and is slow
         for view, before in zip(views, clean):
             view.tensor.copy_(before)
         plans = Plans(views, noise, mode)

@@ -21,7 +21,8 @@ from ..core.checks import check, check_lasting
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
-from ..perturbation.hooks import Doors, ProcessWide, listen
+from ..perturbation.doors import Doors
+from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
 from ..perturbation.strangers import find_strangers, listen_for_strangers

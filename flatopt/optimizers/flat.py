@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
+from ..adapters.checks import check, check_lasting
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
 from ..adapters.registry import find_weights
 from ..core.arguments import is_number, is_whole
-from ..core.checks import check, check_lasting
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES

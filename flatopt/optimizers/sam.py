@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..adapters.checks import check
 from ..core.arguments import is_number
-from ..core.checks import check
 from ..core.sharding import fsdp_modules, is_sharded, local
 from ..core.weight import AdaptedWeight
 from ..perturbation.interrupts import uninterrupted

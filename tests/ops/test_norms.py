@@ -1,4 +1,4 @@
-"""Eq. 7 from sums of squares: one function for every way to the noise, and as many operations for many weights as for few."""
+"""Eq. 7 from sums of squares: one function for every way to the noise, in as many operations for many weights as for few."""
 
 from collections import Counter
 

@@ -16,7 +16,7 @@ from ..adapters.checks import check, check_lasting
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
-from ..adapters.registry import find_weights
+from ..adapters.registry import as_plain_data, find_weights, from_plain_data
 from ..core.arguments import is_number, is_whole
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
@@ -96,6 +96,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             optimizer.step()
             optimizer.zero_grad()
     """
+
+    __module__ = "flatopt"  # the path by which pickles and users name it
 
     def __init__(
         self,
@@ -468,9 +470,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> "dict[str, Any]":
         self.restore()
+        groups = [{**group, "targets": as_plain_data(group["targets"])} for group in self.perturb_groups]
         names = (
             "optimizer",
-            "perturb_groups",
             "_total_steps",
             "shared",
             "_roots",
@@ -482,7 +484,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_draw",
             "draws",
         )
-        return {name: self.__dict__[name] for name in names}
+        return {name: self.__dict__[name] for name in names} | {"perturb_groups": groups}
+
+    def __setstate__(self, state: "dict[str, Any]") -> None:
+        groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]
+        super().__setstate__(state | {"perturb_groups": groups})
 
     def __repr__(self) -> str:
         lines = []

@@ -273,7 +273,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
-        self._adopt(self.param_groups)
+        self._adopt(self.optimizer.param_groups)
         for group in self.perturb_groups:
             check_group(group, self)
         self._warn_past_the_end()
@@ -286,7 +286,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
-        self._weights.reshard()  # gathered weights do not tell which ranks share one
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
@@ -385,7 +384,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
-            self._adopt(self.param_groups)
+            self._adopt(self.optimizer.param_groups)
             self.step_count += 1
 
     def _begin_draw(self, draw: int = 0) -> None:

@@ -71,6 +71,6 @@ if __name__ == "__main__":
     assert calls_of_a_step(12) == (there, back)
     between = {pair: count for pair, count in there.items() if set(pair) <= MAIN}
     assert {file for pair in between for file in pair} == MAIN
-    assert sum(between.values()) <= 18, between
-    assert sum(there.values()) <= 38, there
-    assert sum(back.values()) <= 22, back
+    assert sum(between.values()) <= 11, between
+    assert sum(there.values()) <= 30, there
+    assert sum(back.values()) <= 18, back

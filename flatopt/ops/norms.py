@@ -102,7 +102,8 @@ def stds_of(sums: "Sequence[Tensor]", sizes: "Sequence[int]", noise: str, sigma:
     """Eq. 7: sigma times the root mean square of what shares a scale; of each weight a column.
 
     ``sums``: 1-D, of squares over so many elements as ``sizes`` says: of each row, or for ``"layer"`` and ``"isotropic"`` of
-    the whole weight. The number of operations does not grow with that of the weights: on a GPU each is a launch.
+    the whole weight. Apart from the adding up of ``"isotropic"``, no more operations for many weights than for few: on a GPU
+    each is a launch.
     """
     if noise == "isotropic":
         total = sum((each.to(sums[0].device) for each in sums[1:]), sums[0])

@@ -9,19 +9,11 @@ from ..core.weight import AdaptedWeight, WeightUpdate
 from .base import Singleton
 
 
-class _Holder(nn.Module):
-    """Gives raw parameters the (owner, name) that weights are held by."""
-
-    def __init__(self, parameters: list[Tensor]):
-        super().__init__()
-        self._parameters.update({f"params[{i}]": p for i, p in enumerate(parameters)})  # type: ignore[misc]
-
-
 class Raw(Singleton):
     name = "raw"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, _Holder)
+        return False  # these are given as parameters
 
     def weights(self, layer: nn.Module, path: str) -> Iterator[AdaptedWeight]:
         for name in layer._parameters:
@@ -45,4 +37,6 @@ RAW = Raw()
 
 def raw_weights(parameters: list[Tensor]) -> list[AdaptedWeight]:
     """The weights of ``{"params": [...]}``, which errors call ``params[0]``, ``params[1]``, ..."""
-    return list(RAW.weights(_Holder(parameters), ""))
+    holder = nn.Module()  # gives them the (owner, name) that weights are held by
+    holder._parameters.update({f"params[{i}]": p for i, p in enumerate(parameters)})  # type: ignore[misc]
+    return list(RAW.weights(holder, ""))

@@ -1,6 +1,7 @@
 """The one place that asks "which adapter is this?"."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -8,9 +9,9 @@ from ..core.weight import AdaptedWeight
 from .base import Adapter
 from .custom import CUSTOM
 from .peft import PEFT
-from .raw import raw_weights
+from .raw import RAW, raw_weights
 
-__all__ = ["adapter_of", "find_weights", "raw_weights"]
+__all__ = ["adapter_of", "as_plain_data", "find_weights", "from_plain_data", "raw_weights"]
 
 ADAPTERS: tuple[Adapter, ...] = (CUSTOM, PEFT)  # what a user registered comes first
 
@@ -36,3 +37,13 @@ def find_weights(modules: Iterable[nn.Module]) -> list[AdaptedWeight]:
             for weight in adapter.weights(layer, path or type(layer).__name__) if adapter else ():
                 found.setdefault((weight.owner, weight.name), weight)
     return list(found.values())
+
+
+def as_plain_data(weights: Iterable[AdaptedWeight]) -> list[dict[str, Any]]:
+    """For pickles, which then name none of the files in here: these may move."""
+    return [{**vars(weight), "adapter": weight.adapter.name} for weight in weights]
+
+
+def from_plain_data(weights: Iterable[dict[str, Any]]) -> list[AdaptedWeight]:
+    adapters = {adapter.name: adapter for adapter in (*ADAPTERS, RAW)}
+    return [AdaptedWeight(**{**each, "adapter": adapters[each["adapter"]]}) for each in weights]

@@ -47,18 +47,20 @@ class Point:
         return in_memory_order(weight.adapter.updates([weight])[0], self._clean[index], weight.layout)
 
     def row_norms(self, index: int, tensor: Tensor) -> Tensor:
-        """Of a tensor like weight ``index`` the norm of each output row, broadcastable to it."""
-        norms = torch.empty_like(tensor)
-        rows = self._targets[index].rows(norms)
-        rows.copy_(self._targets[index].rows(tensor).norm(dim=1, keepdim=True).expand_as(rows))
-        return norms
+        """Of a tensor like weight ``index`` the norm of each output row, shaped like it."""
+        return self.spread(index, self.rows(index, tensor).norm(dim=1, keepdim=True))
+
+    def spread(self, index: int, column: Tensor) -> Tensor:
+        """A number a row, ``(rows, 1)``, over all of weight ``index``: a tensor like it."""
+        clean = self._clean[index]
+        spread = torch.empty_like(clean, dtype=_work(clean))
+        rows = self.rows(index, spread)
+        rows.copy_(column.expand_as(rows))
+        return spread
 
     def rows(self, index: int, tensor: Tensor) -> Tensor:
         """Of a tensor like weight ``index`` the view (rows, fan-in)."""
         return self._targets[index].rows(tensor)
-
-    def fan_in(self, index: int) -> int:
-        return self._targets[index].rows(self._clean[index]).shape[1]
 
     def random(self, index: int, seed: int, draw: int, signs: bool = False) -> Tensor:
         """Standard normals for weight ``index``, or their signs: those of :class:`flatopt.FlatPerturbOptimizer` at step

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.arguments import demand_positive, demand_whole, is_number
+from ..ops.norms import square_sums, stds_of
 from .point import LossFn, Point, at_weights
 
 
@@ -39,8 +40,10 @@ def check_draws(draws: int) -> None:
 
 
 def noise_scales(point: Point) -> "list[torch.Tensor]":
-    """Per weight the noise std for σ = 1: each row's norm over the root of the fan-in."""
-    return [point.row_norms(i, point.values(i)) / math.sqrt(point.fan_in(i)) for i in range(len(point.weights))]
+    """Per weight the noise std for σ = 1, shaped like it."""
+    rows = (point.rows(i, point.values(i)) for i in range(len(point.weights)))
+    sums, sizes = zip(*((square_sums(each), each.shape[1]) for each in rows))
+    return [point.spread(i, std) for i, std in enumerate(stds_of(sums, sizes, "filter", 1.0))]
 
 
 def mean_rise(point: Point, clean: float, sigma: float, draws: int, seed: int, scales: "list[torch.Tensor]") -> Estimate:

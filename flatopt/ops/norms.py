@@ -6,7 +6,8 @@ The row norms of the merged :math:`W'` need no temporary of its size: row by row
 :math:`\lVert w + sBA\rVert^2 = \lVert w\rVert^2 + 2s\,w\cdot(BA)^\top + s^2\lVert BA\rVert^2`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,15 +40,30 @@ def row_square_sums(rows: Tensor, update: WeightUpdate, of_weight: Tensor | None
     if update.dense is not None:
         dense = update.dense.detach()
         return torch.cat([(rows[s].float() + dense[s].float()).square_().sum(1) for s in _slabs(rows)])
-    total = square_sums(rows) if of_weight is None else of_weight
-    alpha: float | Tensor = 1.0 if update.alpha is None else update.alpha
-    total = alpha * alpha * total
-    if update.factors:
-        B = torch.cat([(B.detach().float() * s) for B, _, s in update.factors], dim=1).to(rows.device)
-        A = torch.cat([A.detach().float() for _, A, _ in update.factors]).to(rows.device)
-        cross = torch.cat([rows[s].float() @ A.t() for s in _slabs(rows)])
-        total = total + 2 * alpha * (B * cross).sum(1) + ((B @ (A @ A.t())) * B).sum(1)
-    return total.clamp_min(0.0)
+    own = square_sums(rows) if of_weight is None else of_weight
+    return updated_square_sums(own, update, lambda A: torch.cat([rows[s].float() @ A.t() for s in _slabs(rows)]))
+
+
+def updated_square_sums(own: Tensor, update: WeightUpdate, times: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""Per row of :math:`\alpha W + \sum_j s_j B_j A_j` the sum of squares, float32, from ``own``, that of W alone.
+
+    ``times``: from A, ``(r, fan_in)``, float32, to :math:`W A^\top`, ``(rows, r)``: all that is asked of W.
+    """
+    if not update.factors:
+        return (own if update.alpha is None else update.alpha * update.alpha * own).clamp_min(0.0)
+    B = torch.cat([B.detach().float() * s for B, _, s in update.factors], dim=1).to(own.device)
+    A = torch.cat([A.detach().float() for _, A, _ in update.factors]).to(own.device)
+    return merged_square_sums(own, times(A), B, A, update.alpha)
+
+
+def merged_square_sums(own: Tensor, cross: Tensor, B: Tensor, A: Tensor, alpha: "Tensor | None" = None) -> Tensor:
+    r"""Per row :math:`\lVert\alpha w + BA\rVert^2` from :math:`\lVert w\rVert^2` and :math:`w A^\top` (``cross``); B has the
+    scaling in it. Of many weights at once where all have one more dimension.
+    """
+    mixed = (B * cross).sum(-1)
+    if alpha is not None:
+        own, mixed = alpha * alpha * own, alpha * mixed
+    return own.add(mixed, alpha=2).add_(((B @ (A @ A.mT)) * B).sum(-1)).clamp_min_(0.0)
 
 
 def rows_of(view: WeightView) -> Tensor:
@@ -74,12 +90,31 @@ def standard_deviations(views: Sequence[WeightView], noise: str, sigma: float, g
     deviation is sigma |w|. Sums over the shards of a weight, so every rank must come here.
     """
     if noise == "filter":
-        return [(_finite_square_sums(view) / rows_of(view).shape[1]).sqrt_().mul_(sigma).unsqueeze(1) for view in views]
+        sums = [_finite_square_sums(view) for view in views]
+        return stds_of(sums, [rows_of(view).shape[1] for view in views], noise, sigma)
     whole = list(views if noise == "layer" else group)
-    sizes = [view.weight.parameter.numel() for view in whole]
-    totals = [summed_over_shards(_finite_square_sums(view).sum(), view.weight.parameter) for view in whole]
-    if noise == "layer":
-        return [(total / size).sqrt_().mul_(sigma).view(1, 1) for total, size in zip(totals, sizes)]
-    every = sum((total.to(totals[0].device) for total in totals[1:]), totals[0])
-    of_all = (every / sum(sizes)).sqrt().mul_(sigma).view(1, 1)
-    return [of_all.to(rows_of(view).device) for view in views]
+    totals = [summed_over_shards(_finite_square_sums(v).sum(0, keepdim=True), v.weight.parameter) for v in whole]
+    stds = stds_of(totals, [view.weight.parameter.numel() for view in whole], noise, sigma)
+    return stds if noise == "layer" else [stds[0].to(rows_of(view).device) for view in views]
+
+
+def stds_of(sums: "Sequence[Tensor]", sizes: "Sequence[int]", noise: str, sigma: float) -> "list[Tensor]":
+    """Eq. 7: sigma times the root mean square of what shares a scale; of each weight a column.
+
+    ``sums``: 1-D, of squares over so many elements as ``sizes`` says: of each row, or for ``"layer"`` and ``"isotropic"`` of
+    the whole weight. Apart from the adding up of ``"isotropic"``, no more operations for many weights than for few: on a GPU
+    each is a launch.
+    """
+    if noise == "isotropic":
+        total = sum((each.to(sums[0].device) for each in sums[1:]), sums[0])
+        (std,) = stds_of([total], [sum(sizes)], "layer", sigma)
+        return [std.to(each.device) for each in sums]
+    alike: dict[Any, list[int]] = {}
+    for number, (each, size) in enumerate(zip(sums, sizes)):
+        alike.setdefault((size, each.device, each.dtype), []).append(number)
+    stds: dict[int, Tensor] = {}
+    for (size, _, _), numbers in alike.items():
+        some = [sums[number] for number in numbers]
+        column = (torch.cat(some) / size).sqrt_().mul_(sigma).unsqueeze(1)
+        stds.update(zip(numbers, column.split([len(each) for each in some])))
+    return [stds[number] for number in range(len(sums))]

@@ -12,16 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
+from ..adapters.checks import check, check_lasting
 from ..adapters.forwards import unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
-from ..adapters.registry import find_weights
+from ..adapters.registry import as_plain_data, find_weights, from_plain_data
 from ..core.arguments import is_number, is_whole
-from ..core.checks import check, check_lasting
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
-from ..perturbation.hooks import Doors, ProcessWide, listen
+from ..perturbation.doors import Doors
+from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
 from ..perturbation.strangers import find_strangers, listen_for_strangers
@@ -95,6 +96,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             optimizer.step()
             optimizer.zero_grad()
     """
+
+    __module__ = "flatopt"  # the path by which pickles and users name it
 
     def __init__(
         self,
@@ -270,7 +273,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             return
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
-        self._adopt(self.param_groups)
+        self._adopt(self.optimizer.param_groups)
         for group in self.perturb_groups:
             check_group(group, self)
         self._warn_past_the_end()
@@ -283,7 +286,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
-        self._weights.reshard()  # gathered weights do not tell which ranks share one
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
@@ -382,7 +384,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
             self._drawn = False
-            self._adopt(self.param_groups)
+            self._adopt(self.optimizer.param_groups)
             self.step_count += 1
 
     def _begin_draw(self, draw: int = 0) -> None:
@@ -467,9 +469,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> "dict[str, Any]":
         self.restore()
+        groups = [{**group, "targets": as_plain_data(group["targets"])} for group in self.perturb_groups]
         names = (
             "optimizer",
-            "perturb_groups",
             "_total_steps",
             "shared",
             "_roots",
@@ -481,7 +483,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_draw",
             "draws",
         )
-        return {name: self.__dict__[name] for name in names}
+        return {name: self.__dict__[name] for name in names} | {"perturb_groups": groups}
+
+    def __setstate__(self, state: "dict[str, Any]") -> None:
+        groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]
+        super().__setstate__(state | {"perturb_groups": groups})
 
     def __repr__(self) -> str:
         lines = []

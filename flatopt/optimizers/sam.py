@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..adapters.checks import check
+from ..adapters.registry import as_plain_data, from_plain_data
 from ..core.arguments import is_number
-from ..core.checks import check
 from ..core.sharding import fsdp_modules, is_sharded, local
 from ..core.weight import AdaptedWeight
 from ..perturbation.interrupts import uninterrupted
@@ -81,6 +82,8 @@ class SAM(OptimizerWrapper):
 
     FSDP2 works in both spaces; FSDP1 and DeepSpeed, whose flat shards do not tell of the other ranks, are not supported.
     """
+
+    __module__ = "flatopt"  # the path by which pickles and users name it
 
     def __init__(
         self,
@@ -241,8 +244,11 @@ class SAM(OptimizerWrapper):
         warnings.warn(f"SAM found no gradient on any weight it should perturb, so w stays put: {reasons}.", stacklevel=5)
 
     def __getstate__(self) -> "dict[str, Any]":
-        names = ("optimizer", "rho", "space", "adaptive", "shared", "_targets", "_roots", "_ready", "_warned")
-        return {name: self.__dict__[name] for name in names}
+        names = ("optimizer", "rho", "space", "adaptive", "shared", "_roots", "_ready", "_warned")
+        return {name: self.__dict__[name] for name in names} | {"_targets": as_plain_data(self._targets)}
+
+    def __setstate__(self, state: "dict[str, Any]") -> None:
+        super().__setstate__(state | {"_targets": from_plain_data(state["_targets"])})
 
     def __repr__(self) -> str:
         what = f"{len(self._targets)} weights of W" if self.space == "full" else "the parameters of"

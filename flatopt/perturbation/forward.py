@@ -16,7 +16,7 @@ from ..adapters.quantized import format_of
 from ..core.warn import warn_user
 from ..core.weight import FLOATS, AdaptedWeight, WeightView
 from ..ops.noise import Key, signed, weight_key
-from ..ops.norms import row_square_sums
+from ..ops.norms import merged_square_sums, row_square_sums, stds_of, updated_square_sums
 from ..ops.norms import square_sums as weight_square_sums
 from . import noisy_layers
 
@@ -66,16 +66,11 @@ class ForwardPlan:
                 layer.noisy.std.fill_(sigma)
             return
         sums = square_sums(self.views, self._layers)
-        stds, fan_ins = [layer.noisy.std for layer in self._layers], [layer.noisy.shape[1] for layer in self._layers]
-        if self.noise == "isotropic":
-            whole = torch.stack([t.sum().to(sums[0].device) for t in sums]).sum()
-            mean = whole / sum(len(t) * n for t, n in zip(sums, fan_ins))
-            sums, fan_ins = [mean.view(1).to(std.device) for std in stds], [1] * len(stds)
-        elif self.noise == "layer":
-            sums = [t.mean().view(1) for t in sums]
-        found = torch._foreach_sqrt(torch._foreach_div([t.unsqueeze(1) for t in sums], [float(n) for n in fan_ins]))
-        torch._foreach_mul_(found, sigma)
-        torch._foreach_copy_(stds, found)
+        sizes = [layer.noisy.shape[1] for layer in self._layers]
+        if self.noise != "filter":
+            sizes = [len(t) * fan_in for t, fan_in in zip(sums, sizes)]
+            sums = [t.sum(0, keepdim=True) for t in sums]
+        torch._foreach_copy_([layer.noisy.std for layer in self._layers], stds_of(sums, sizes, self.noise, sigma))
 
     @torch.no_grad()
     def perturb(self, key: Key) -> None:
@@ -181,9 +176,8 @@ def _batch_square_sums(views: "list[WeightView]", layers: "list[noisy_layers.Noi
     A = torch.stack([view.update.factors[0][1].detach() for view in views])
     asked = A.to(_input_like(views[0]).dtype)
     cross = torch.stack([_answer(layer, a) for layer, a in zip(layers, asked)]).mT
-    A = A.float()
-    total = torch.stack([view.square_sums for view in views if view.square_sums is not None])
-    return total.add_((B * cross).sum(2), alpha=2).add_(((B @ (A @ A.mT)) * B).sum(2)).clamp_min_(0.0)
+    own = torch.stack([view.square_sums for view in views if view.square_sums is not None])
+    return merged_square_sums(own, cross, B, A.float())
 
 
 def _own_square_sums(view: WeightView, layer: "noisy_layers.NoisyForward") -> Tensor:
@@ -219,14 +213,7 @@ def _square_sums_by_forward(view: WeightView, layer: "noisy_layers.NoisyForward"
         return sum(parts[1:], parts[0])
     if view.square_sums is None:
         view.square_sums = _own_square_sums(view, layer)
-    alpha: float | Tensor = 1.0 if update.alpha is None else update.alpha
-    total = alpha * alpha * view.square_sums
-    if update.factors:
-        B = torch.cat([B.detach().float() * s for B, _, s in update.factors], dim=1)
-        A = torch.cat([A.detach().float() for _, A, _ in update.factors])
-        cross = _answer(layer, A.to(like.dtype)).t()
-        total = total + 2 * alpha * (B * cross).sum(1) + ((B @ (A @ A.t())) * B).sum(1)
-    return total.clamp_min(0.0)
+    return updated_square_sums(view.square_sums, update, lambda A: _answer(layer, A.to(like.dtype)).t())
 
 
 def _input_like(view: WeightView) -> Tensor:

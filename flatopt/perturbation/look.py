@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter
+from ..adapters.checks import check, check_lasting
 from ..adapters.quantized import data_ptr, format_of
-from ..core.checks import check, check_lasting
 from ..core.gathering import Gathering, is_split_as
 from ..core.sharding import first_row, is_sharded, local, local_update
 from ..core.weight import AdaptedWeight, WeightUpdate, WeightView, in_memory_order

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 from ..core.warn import warn_user
-from .hooks import CleanFirst, Doors, Hook, ProcessWide, clean_copies
+from .doors import Doors
+from .hooks import CleanFirst, Hook, ProcessWide, clean_copies
 from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
 
 

@@ -54,7 +54,7 @@ class PerturbedWeights:
 
     def __init__(self, groups: "list[dict[str, Any]]", roots: "list[nn.Module]"):
         self.groups, self.roots = groups, roots
-        self._state = CLEAN
+        self.state = CLEAN
         self.noisy = False  # state == PERTURBED: torch.compile keeps code for each value of what a hook reads
         self.partly = False  # perturbed only in part: nobody may use W before restore() has succeeded
         self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
@@ -72,29 +72,26 @@ class PerturbedWeights:
         self._lock = threading.RLock()
         self._process = os.getpid()
 
-    @property
-    def state(self) -> str:
-        return self._state
-
-    @state.setter
-    def state(self, state: str) -> None:
-        self._state, self.noisy = state, state == PERTURBED
+    def _stand(self, state: str) -> None:
+        self.state, self.noisy = state, state == PERTURBED
 
     # --- the moves --------------------------------------------------------------------------------------------------
 
     def perturb(self, request: NoiseRequest) -> None:
-        """Set W to W + ε, of shards after :meth:`reshard`; after a suspension, to the same bits again."""
+        """Set W to W + ε; after a suspension, to the same bits again."""
         if self.state == PERTURBED:
             return
         if self.state == SUSPENDED:
             self.resume()
             return
         with self._moving():
+            self.reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
             self._refuse_shared_memory()
             key = request.key
-            self.state, self.thread = PERTURBED, threading.get_ident()
+            self._stand(PERTURBED)
+            self.thread = threading.get_ident()
             try:
                 for each in self._plans:
                     each.perturb(key)
@@ -148,7 +145,8 @@ class PerturbedWeights:
                 self._end()
                 self._refuse(written, replaced)
             self._note_versions()
-            self.state, self._swapped = SUSPENDED, replaced
+            self._stand(SUSPENDED)
+            self._swapped = replaced
 
     def resume(self) -> None:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
@@ -164,7 +162,7 @@ class PerturbedWeights:
                 self.perturb(self._request)
                 return
             moved = self._written_to()
-            self.state = PERTURBED
+            self._stand(PERTURBED)
             try:
                 for each in self._plans:
                     each.perturb(self._request.key)
@@ -219,7 +217,8 @@ class PerturbedWeights:
 
     def _end(self) -> None:
         self._note_versions()
-        self.state, self.partly = CLEAN, False
+        self._stand(CLEAN)
+        self.partly = False
         self._plans, self._kept_versions, self._swapped = [], [], []
         for look in self._looks:
             look.release()
@@ -267,6 +266,8 @@ class PerturbedWeights:
             look.follow()
 
     def _refuse(self, written: "list[WeightView]", replaced: "Sequence[WeightView]" = ()) -> None:
+        if not (written or replaced):
+            return
         kept = {id(view) for look in self._looks if look.keeps_copies for view in look.views}
         overwritten, lost = [v for v in written if id(v) in kept], [v for v in written if id(v) not in kept]
         said = []
@@ -284,11 +285,10 @@ class PerturbedWeights:
                 f"{_names(replaced)} was replaced while it was perturbed: the parameter that it was is clean again, the new "
                 "one was left as it is, and has noise in it if it was made from the old one's values. If so, reload it"
             )
-        if said:
-            said.append(
-                "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
-            )
-            raise RuntimeError(". ".join(said))
+        said.append(
+            "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
+        )
+        raise RuntimeError(". ".join(said))
 
     def reshard(self) -> None:
         """Let go of what FSDP2 gathered, so that the weights are the shards."""
@@ -301,6 +301,7 @@ class PerturbedWeights:
         """This process's number among those that draw noise of their own."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
+        self.reshard()  # gathered weights do not tell which ranks share one
         mesh = mesh_of(weight.parameter for weight in self.weights())
         if mesh is None:
             self._mesh = self._mesh or (tensor_parallel_mesh(self.roots),)

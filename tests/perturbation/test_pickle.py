@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import batch, bits, frozen, lora_mlp, trainable
 
-from flatopt import FlatPerturbOptimizer
+from flatopt import SAM, FlatPerturbOptimizer
 
 
 def pickled(thing):
@@ -106,6 +106,36 @@ def test_loads_without_flatopt(tmp_path):
     command = [sys.executable, script, tmp_path / "models.pt"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def named(thing, protocol):
+    """What a pickle names of flatopt: loading it looks these up."""
+    found = set()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            found.add(f"{module}.{name}")
+            return super().find_class(module, name)
+
+    Unpickler(io.BytesIO(pickle.dumps(thing, protocol))).load()
+    return {name for name in found if name.startswith("flatopt")}
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_names_nothing_inside_of_flatopt(run, protocol):
+    model, optimizer, _ = run
+    raw = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    targets = [{"modules": model.base_model.model.second}, {"params": [raw]}]
+    sam = SAM(torch.optim.SGD(trainable(model), lr=0.1), space="full", targets=targets)
+    for amid in (False, True):
+        if amid:
+            model(batch()[0])
+        assert named(model, protocol) == set()
+        assert named(optimizer, protocol) == {"flatopt.FlatPerturbOptimizer"}
+        assert named(sam, protocol) == {"flatopt.SAM"}
+    optimizer.detach()
+    of_raw = FlatPerturbOptimizer(optimizer.optimizer, targets, schedule="constant")
+    assert named(of_raw, protocol) == {"flatopt.FlatPerturbOptimizer"}
 
 
 def test_inside_perturbed_a_copy_is_what_stands_there(run):

@@ -295,7 +295,7 @@ def test_a_hook_that_reads_what_fsdp2_has_gathered_is_refused(model, before, mon
     optimizer = wrap(model)
     by_tensor_hook(model, lambda: model(batch()[0]))
     loss = loss_of(model)
-    monkeypatch.setattr("flatopt.perturbation.hooks.fsdp_modules", lambda roots: [model])
+    monkeypatch.setattr("flatopt.perturbation.doors.fsdp_modules", lambda roots: [model])
     with pytest.raises(RuntimeError, match=r"by a hook inside backward.*Call it after the backward"):
         loss.backward()
     optimizer.restore()

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..adapters.forwards import unsupported_reason
-from ..adapters.quantized import format_of
-from .flat_shards import sharding_reason
-from .sharding import is_strided, local, splits_rows_only
-from .weight import FLOATS, OUTPUTS, AdaptedWeight
+from ..core.flat_shards import sharding_reason
+from ..core.sharding import is_strided, local, splits_rows_only
+from ..core.weight import FLOATS, OUTPUTS, AdaptedWeight
+from .forwards import unsupported_reason
+from .quantized import format_of
 
 WAY_OUT = "Load the base model unquantised (bf16, fp16 or fp32), or leave the layer out with [{'modules': [...]}]"
 

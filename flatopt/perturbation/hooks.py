@@ -24,7 +24,9 @@ from .stack import (
     in_autograd_function,
     in_backward,
     in_training_module,
+    is_exporting,
     pickled_for_a_process,
+    untraced,
 )
 from .weights import CLEAN, PERTURBED
 
@@ -85,11 +87,24 @@ class _Correction:
         return torch.Tensor.copy_, (self.parameter, self.parameter.detach().clone())
 
 
+def exported(doors: Doors) -> bool:
+    """Whether ``torch.export`` runs this forward: it opens no step, and finds W clean, which it keeps."""
+    if not is_exporting():
+        return False
+    weights = doors.weights
+    if weights is not None and weights.noisy and not weights.held:
+        if torch.compiler.is_dynamo_compiling():  # strict=True: what stands here is traced, it does not run
+            raise RuntimeError("torch.export of weights that are perturbed: call optimizer.restore() before it")
+        with torch._C.DisableTorchFunction():  # it notes also where gradients are switched on and off
+            weights.suspend()
+    return True
+
+
 class BeforeRoot(Hook):
-    @torch.compiler.disable
+    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None or torch.compiler.is_compiling():  # torch.export's fake forward
+        if doors is None or doors.weights is None or exported(doors) or torch.compiler.is_compiling():
             return
         trains = torch.is_grad_enabled() and (module.training or in_training_module())
         if is_fsdp_module(module):
@@ -140,7 +155,7 @@ class BeforeRoot(Hook):
 
 
 class AfterRoot(Hook):
-    @torch.compiler.disable
+    @untraced
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         doors = self.doors
         if doors is None or doors.weights is None or torch.compiler.is_compiling():
@@ -165,7 +180,7 @@ class AfterRoot(Hook):
 class BeforeOwner(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None:
+        if doors is None or doors.weights is None or exported(doors):
             return
         trains = torch.is_grad_enabled() and module.training
         if torch.compiler.is_compiling():

@@ -180,7 +180,8 @@ class GroupLook:
         for view, here, there in zip(self._known, parameters, self.parameters):
             if view.tensor is None:
                 continue
-            now = None if here is None else local(here).detach()
+            fake = type(here).__name__ in ("FakeTensor", "FunctionalTensor")  # torch.export swaps these in while it traces
+            now = None if here is None or fake else local(here).detach()
             if now is not None and now.data_ptr() != view.tensor.data_ptr() and id(view) not in self._moved:
                 # asked before the first bit goes back, and not again where that has to be tried twice
                 self._moved[id(view)] = view.weight.rebuilt or (here is there and _same_values(view.tensor, now))

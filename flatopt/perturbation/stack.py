@@ -1,7 +1,7 @@
 """What runs now, read off the stack and torch: marks that one hook sets and another takes off would survive an interrupt."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import reduction
 from typing import Any
 
@@ -91,6 +91,18 @@ def refuse_transforms(module: nn.Module) -> None:
         f"the base weights would have to move at a forward of {type(module).__name__} that runs inside {within}, where they "
         "cannot be written to. Before it, call optimizer.perturb() to train, or optimizer.restore() to read clean weights"
     )
+
+
+def untraced(function: Callable[..., Any]) -> Any:
+    """``torch.compiler.disable``, saying what to do to who cannot do without tracing."""
+    reason = "hooks of a FlatPerturbOptimizer: call its detach() before torch.export(..., strict=True)"
+    try:
+        return torch.compiler.disable(function, reason=reason)
+    except TypeError:  # torch 2.4
+        return torch.compiler.disable(function)
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # torch 2.4 has none
 
 
 def in_transform() -> bool:

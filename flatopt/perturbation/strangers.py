@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook, re
 
 from ..core.warn import warn_user
 from .doors import Doors
-from .hooks import CleanFirst, Hook, ProcessWide, clean_copies
+from .hooks import CleanFirst, Hook, ProcessWide, clean_copies, exported
 from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
 
 
@@ -112,7 +112,7 @@ class BeforeStranger(Hook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None or (torch.is_grad_enabled() and module.training):
+        if doors is None or doors.weights is None or exported(doors) or (torch.is_grad_enabled() and module.training):
             return
         if doors.weights.noisy and not doors.weights.held:
             _read_clean(doors, module, torch.compiler.is_compiling())

@@ -37,9 +37,10 @@ CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
-def _unseen_by_checkpoints() -> AbstractContextManager[Any]:
-    """A selective checkpoint hands out the results of a forward's operations again, one by one: ours are not among them."""
-    at_work = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
+def _unseen_by_modes() -> AbstractContextManager[Any]:
+    """A selective checkpoint hands out the results of a forward's operations again, one by one, make_fx and torch.export
+    write them down: ours are not among them."""
+    at_work = bool(_get_current_dispatch_mode_stack())
     context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
     return context
 
@@ -77,6 +78,7 @@ class PerturbedWeights:
 
     # --- the moves --------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def perturb(self, request: NoiseRequest) -> None:
         """Set W to W + ε; after a suspension, to the same bits again."""
         if self.state == PERTURBED:
@@ -100,6 +102,7 @@ class PerturbedWeights:
                 raise
             self._note_versions()
 
+    @torch.compiler.disable
     def restore(self, untouched: bool = False) -> None:
         """Set W back, bit for bit, and end the step's noise. Idempotent.
 
@@ -124,6 +127,7 @@ class PerturbedWeights:
             self._end()
             self._refuse(written, replaced)
 
+    @torch.compiler.disable
     def suspend(self) -> None:
         """Clean W for a reader amid a step; :meth:`resume` puts the same perturbed bits back.
 
@@ -148,6 +152,7 @@ class PerturbedWeights:
             self._stand(SUSPENDED)
             self._swapped = replaced
 
+    @torch.compiler.disable
     def resume(self) -> None:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
@@ -183,7 +188,7 @@ class PerturbedWeights:
         optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
-        with self._lock, uninterrupted(), _unseen_by_checkpoints(), writing():
+        with self._lock, uninterrupted(), _unseen_by_modes(), writing():
             yield
         del optimizer
 
@@ -327,6 +332,7 @@ class PerturbedWeights:
                 if group["restore"] == "forward" or format_of(weight.owner, weight.name) is not None:
                     install(weight.owner)
 
+    @torch.compiler.disable
     def detach(self) -> None:
         try:
             try:

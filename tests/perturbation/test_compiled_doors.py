@@ -149,3 +149,31 @@ def test_perturbed_holds_for_compiled_readers(backend):
         noisy = run(x)
     with torch.no_grad():
         assert not torch.allclose(run(x), noisy)
+
+
+def restored(optimizer, model, x):
+    model(x).sum().backward()
+    optimizer.restore()
+
+
+def stepped(optimizer, model, x):
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def inside_perturbed(optimizer, model, x):
+    with optimizer.perturbed():
+        model(x)
+
+
+@pytest.mark.parametrize("use", [restored, stepped, inside_perturbed])
+def test_the_moves_are_never_compiled(use):
+    # inductor rounds in another order: what it takes off is not what was put on
+    torch._dynamo.reset()
+    model = lora_mlp(torch.bfloat16)
+    before, optimizer = frozen(model), wrap(model)
+    run = torch.compile(use)
+    for _ in range(2):
+        run(optimizer, model, batch(dtype=torch.bfloat16)[0])
+        assert not changed(model, before)
+    torch._dynamo.reset()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import io
 import types
 import weakref
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 pytest.importorskip("peft")
@@ -49,6 +51,56 @@ def test_an_exported_program_that_shares_the_weights_reads_them_clean(model, bef
     assert optimizer.is_perturbed
     optimizer.step()
     assert not changed(model, before)
+
+
+exports = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="export looks like torch.compile there")
+
+
+@exports
+@pytest.mark.parametrize("door", ["the model", "the model inside", "a layer"])
+@pytest.mark.parametrize("amid", [False, True], ids=["between steps", "amid a step"])
+def test_what_is_exported_is_clean_and_opens_no_step(model, before, door, amid):
+    x, base = batch()[0], model.get_base_model()
+    part = {"the model": model, "the model inside": base, "a layer": base.first}[door]
+    with torch.no_grad():
+        want = part(x)
+    optimizer = wrap(model)
+    if amid:
+        loss = loss_of(model)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(part, (x,)), file)
+    assert not optimizer.is_perturbed
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), want)
+    (loss if amid else loss_of(model)).backward()
+    assert optimizer.is_perturbed
+    optimizer.step()
+    assert not changed(model, before)
+
+
+@exports
+def test_a_strict_export_says_what_to_do(model):
+    x, optimizer = batch()[0], wrap(model)
+    with pytest.raises(Exception, match=r"detach\(\) before torch\.export"):
+        torch.export.export(model, (x,), strict=True)
+    loss_of(model)
+    with pytest.raises(Exception, match=r"perturbed: call optimizer\.restore\(\) before"):
+        torch.export.export(model.get_base_model(), (x,), strict=True)
+    optimizer.restore()
+    torch.export.export(model.get_base_model(), (x,), strict=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_what_make_fx_writes_down_has_no_moves(model, before, mode):
+    x = batch()[0]
+    model.train(mode == "train")
+    made = len(make_fx(model)(x).graph.nodes)
+    optimizer = wrap(model)
+    for _ in range(2):
+        loss_of(model.train())
+        assert len(made_now := list(make_fx(model.train(mode == "train"))(x).graph.nodes)) == made, made_now
+        optimizer.step()
+        assert not changed(model, before)
 
 
 def test_a_scripted_teacher_takes_no_hooks_and_is_warned_of(model):

@@ -37,10 +37,16 @@ CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
 
 
-def _unseen_by_modes() -> AbstractContextManager[Any]:
-    """A selective checkpoint hands out the results of a forward's operations again, one by one, make_fx and torch.export
-    write them down: ours are not among them."""
-    at_work = bool(_get_current_dispatch_mode_stack())
+# modes that keep a forward's operations, to hand their results out again (a selective checkpoint) or to write them down
+RECORDERS = {
+    *("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"),
+    *("torch._subclasses.functional_tensor", "torch._subclasses.fake_tensor"),
+}
+
+
+def _unseen_by_recorders() -> AbstractContextManager[Any]:
+    """Ours are not among the operations that a selective checkpoint, make_fx or torch.export keep."""
+    at_work = any(type(mode).__module__ in RECORDERS for mode in _get_current_dispatch_mode_stack())
     context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
     return context
 
@@ -188,7 +194,7 @@ class PerturbedWeights:
         optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
-        with self._lock, uninterrupted(), _unseen_by_modes(), writing():
+        with self._lock, uninterrupted(), _unseen_by_recorders(), writing():
             yield
         del optimizer
 

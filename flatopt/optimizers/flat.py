@@ -400,6 +400,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
         subject = "another optimizer"
+        # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
+        self._doors.first_pass.read = {}
         if self._weights.state == CLEAN or subject in self._told or not isinstance(optimizer, Optimizer):
             return
         inner = self.innermost

@@ -347,8 +347,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._inner_seen = True
         itself, given = args[:1], args[1:]  # torch hands over step's arguments with self among them
         closure = kwargs.get("closure", given[0] if given else None)
+        through_the_graph = getattr(optimizer, "is_second_order", False)  # its step differentiates the gradients once more
         if closure is None:
-            self.restore()
+            if through_the_graph:
+                self._weights.resume()
+            else:
+                self.restore()
             self._warn_if_unseen(optimizer)
             return None
         if self.draws == "micro-batch" and self._doors.backward_began:  # Lightning has only the last one in the closure
@@ -369,8 +373,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 raise
             if self._weights.state == SUSPENDED and not self._doors.trained:
                 self._warn_unseen()
-            # not restored: the adapter moves between evaluations, the noise must not
-            self._weights.suspend()
+            if not through_the_graph:
+                self._weights.suspend()  # not restored: the adapter moves between evaluations, the noise must not
             return loss
 
         if "closure" in kwargs:
@@ -396,6 +400,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
         subject = "another optimizer"
+        # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
+        self._doors.first_pass.read = {}
         if self._weights.state == CLEAN or subject in self._told or not isinstance(optimizer, Optimizer):
             return
         inner = self.innermost

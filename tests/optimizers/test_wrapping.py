@@ -423,6 +423,55 @@ def test_is_second_order_is_there_where_the_wrapped_optimizer_has_it(model):
     assert not hasattr(optimizer, "is_second_order")
 
 
+class Hessian(torch.optim.SGD):
+    """Steps by the Hessian's diagonal, as AdaHessian: through the graph of the gradients."""
+
+    is_second_order = True
+    found = ()
+
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self.param_groups[0]["params"]
+        ones = [torch.ones_like(p) for p in parameters]
+        self.found = torch.autograd.grad([p.grad for p in parameters], parameters, ones)
+        with torch.no_grad():
+            for parameter, second in zip(parameters, self.found):
+                parameter -= 0.1 * parameter.grad / (1 + second.abs())
+                parameter.grad = None  # it and the parameter hold each other
+        return loss
+
+
+@pytest.mark.parametrize("how", ["step", "step after an evaluation", "step(closure)"])
+def test_a_second_order_optimizer_goes_through_the_graph_at_noise(model, before, how):
+    (x, y), bare = batch(), Hessian(trainable(model), lr=0.1)
+    optimizer = wrap(bare, model)
+
+    def closure():
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward(create_graph=True)
+        return loss
+
+    for step in range(2):
+        with optimizer.perturbed():
+            grads = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), trainable(model), create_graph=True)
+            want = torch.autograd.grad(grads, trainable(model), [torch.ones_like(g) for g in grads])
+        if how == "step(closure)":
+            assert optimizer.step(closure) > 0
+        else:
+            closure()
+            if how == "step after an evaluation":
+                with torch.no_grad():
+                    model(x)
+            optimizer.step()
+        assert not changed(model, before)
+        assert optimizer.step_count == step + 1
+        for found, wanted in zip(bare.found, want):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_a_private_method_of_the_wrapped_class_names_the_way(model):
     class Private(torch.optim.SGD):
         def _get_lr(self):

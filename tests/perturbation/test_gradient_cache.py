@@ -53,3 +53,17 @@ def test_reading_a_batch_before_a_step_is_no_first_pass_of_the_next_step(run, ho
         optimizer.step(closure)
     model(x).sum().backward()
     optimizer.step()
+
+
+def test_a_step_of_another_network_on_what_was_read_is_no_first_pass(run):
+    model, optimizer, x = run
+    critic = torch.nn.Linear(5, 1)
+    of_critic = torch.optim.SGD(critic.parameters(), lr=0.1)
+    for step in range(2):
+        with torch.no_grad():
+            made = model(x)
+        critic(made).square().sum().backward()
+        of_critic.step()
+        critic(model(x)).sum().backward()
+        optimizer.step()
+        assert optimizer.step_count == step + 1

@@ -150,7 +150,11 @@ class Peft(Singleton):
                 continue
             A, B, scaling, magnitude = plain
             # in_features and out_features are the layer's, so that the number of elements tells the shape
-            keys.append((scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)))
+            if magnitude is None and type(A) is type(B) is nn.Parameter:  # the usual: as _memory, but flat
+                of_A, of_B = (id(A), A.data_ptr(), A.dtype, A.numel()), (id(B), B.data_ptr(), B.dtype, B.numel())
+                keys.append((scaling, *of_A, *of_B))
+            else:
+                keys.append((scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)))
         return keys
 
     def is_merged(self, layer: Any) -> bool:
@@ -357,7 +361,10 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
     if lora_A is None or (variants and not _in_factors(variants.get(name))):
         return None
     A, B = lora_A._parameters.get("weight"), modules["lora_B"]._modules[name]._parameters.get("weight")
-    holder = modules["lora_magnitude_vector"]._modules.get(name)
+    # a layer that knows of variants has DoRA's magnitude only beside one; a PEFT before them tells by the magnitude alone
+    holder = modules["lora_magnitude_vector"]._modules.get(name) if variants or variants is None else None
+    if holder is None and type(A) is type(B) is nn.Parameter:
+        return A, B, layer["scaling"][name], None
     magnitude = None if holder is None else holder._parameters.get("weight")
     for parameter in (A, B) if holder is None else (A, B, magnitude):
         if type(parameter) is not nn.Parameter and (parameter is None or not is_sharded(parameter)):

@@ -45,24 +45,29 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 class Flags:
-    """One mark for each of ``size`` weights, set on ``device`` and read by the host without making it wait."""
+    """One mark for each of ``size`` weights, set on ``device`` and read by the host without making it wait.
 
-    def __init__(self, size: int, device: torch.device):
-        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._waits = device.type == "cuda"
-        self._on_host = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=self._waits)
-        self._sent: torch.cuda.Event | None = torch.cuda.Event() if self._waits else None
+    ``set``: where they are set. With ``on_host`` that is memory of the host that kernels can write to, which spares a copy
+    at each step; torch's own operations cannot.
+    """
+
+    def __init__(self, size: int, device: torch.device, on_host: bool = False):
+        self._device, waits = device, device.type == "cuda"
+        self._read = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=waits)
+        self.set = self._read if on_host or not waits else torch.zeros(size, dtype=torch.int32, device=device)
+        self._sent: torch.cuda.Event | None = torch.cuda.Event() if waits else None
         self._under_way = False
 
     def send(self) -> None:
-        """Queue the copy to the host, after all that sets marks."""
-        self._on_host.copy_(self.on_device, non_blocking=True)
+        """After all that sets marks was queued."""
+        if self.set is not self._read:
+            self._read.copy_(self.set, non_blocking=True)
         if self._sent is not None:
-            self._sent.record(torch.cuda.current_stream(self.on_device.device))
+            self._sent.record(torch.cuda.current_stream(self._device))
         self._under_way = True
 
     def read(self, wait: bool = False) -> list[int]:
-        """The numbers of the weights marked, which are then no longer; none as long as the copy is under way."""
+        """The numbers of the weights marked, which are then no longer; none as long as what sets them is under way."""
         if not self._under_way:
             return []
         if self._sent is not None:
@@ -70,7 +75,9 @@ class Flags:
                 return []
             self._sent.synchronize()
         self._under_way = False
-        marked = [number for number, mark in enumerate(self._on_host.tolist()) if mark]
-        if marked:
-            self.on_device.zero_()
+        marks = self._read.tolist()
+        if not any(marks):
+            return []
+        marked = [number for number, mark in enumerate(marks) if mark]
+        self.set[marked] = 0  # these alone: another may be set right now
         return marked

@@ -229,7 +229,7 @@ class TorchPlan:
     def _tell(self, number: int, marked: "bool | Tensor") -> None:
         if isinstance(marked, Tensor):
             assert self._flags is not None
-            self._flags.on_device[number].bitwise_or_(marked)
+            self._flags.set[number].bitwise_or_(marked)
         elif marked:
             self._written.add(number)
 

@@ -29,6 +29,7 @@ class GroupLook:
         self.exact = True
         self.parameters: list[Tensor] = []
         self.tensors: list[Tensor] = []
+        self._plain = True  # no parameter is a DTensor
         self._weights: list[AdaptedWeight] = []
         self._settings: tuple[Any, ...] = ()
         self._known: list[WeightView] = []  # of every weight, tied ones too
@@ -43,8 +44,8 @@ class GroupLook:
 
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
-        settings = (first, noise, restore, list(map(id, weights)))
-        if self._settings != settings:
+        settings = (first, noise, restore)
+        if self._settings != settings or self._weights != weights:  # the same objects, as each equals but itself
             self._settings, self._weights = settings, list(weights)  # amid a step they are these
             self._seen, self._keys = [], []
             self._quantised = [False] * len(weights)
@@ -57,7 +58,8 @@ class GroupLook:
             for weight, now, then in zip(weights, identities, before):
                 if now != then:
                     check(weight, in_forward=True)  # before anything is asked of what may be no tensor
-        tensors = [p.detach() if type(p) is nn.Parameter else local(p).detach() for p in parameters]
+        self._plain = set(map(type, parameters)) <= {nn.Parameter}
+        tensors = [p.detach() for p in (parameters if self._plain else map(local, parameters))]
         # in columns: a list a property costs a third of a tuple a weight
         seen: list[Any] = [
             identities,
@@ -66,7 +68,7 @@ class GroupLook:
             [t.shape for t in tensors],
             [t.stride() for t in tensors],
             [p.requires_grad for p in parameters],
-            versions(parameters, tensors),
+            self._versions(parameters, tensors),
         ]
         if seen != self._seen:
             rows: list[Any] = list(zip(*seen))
@@ -82,11 +84,15 @@ class GroupLook:
         for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
             view.parameter, view.tensor = parameter, None if quantised else tensor
         memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
-        views = []
-        for view, there in zip(self._known, memory):
-            if there not in taken:
-                taken.add(there)
-                views.append(view)
+        if taken.isdisjoint(memory) and len(set(memory)) == len(memory):
+            taken.update(memory)
+            views = list(self._known)
+        else:
+            views = []
+            for view, there in zip(self._known, memory):
+                if there not in taken:
+                    taken.add(there)
+                    views.append(view)
         if views != self.views:
             self._by_adapter(views)
         self._look_at_updates()
@@ -154,13 +160,23 @@ class GroupLook:
             view.update = mine if view.tensor is None else in_memory_order(mine, view.tensor, view.weight.layout)
             (self._reordered.add if view.update is not mine else self._reordered.discard)(view)
 
+    def _addresses(self) -> "list[int]":
+        return [p.data_ptr() for p in (self.parameters if self._plain else map(local, self.parameters))]
+
+    def _versions(self, parameters: "list[Tensor]", tensors: "list[Tensor]") -> "list[Any]":
+        """What a write moves: the counter of a parameter, which its tensor shares. A DTensor's own operations move that of
+        the DTensor alone, others that of its local tensor."""
+        if self._plain:
+            return [t._version for t in tensors]
+        return [t._version if type(p) is nn.Parameter else (t._version, p._version) for t, p in zip(tensors, parameters)]
+
     def note_versions(self) -> None:
         """What flatopt itself wrote is no change."""
         if self.tensors:
-            self._seen[-1] = versions(self.parameters, self.tensors)
+            self._seen[-1] = self._versions(self.parameters, self.tensors)
 
     def written_to(self) -> "list[WeightView]":
-        now = versions(self.parameters, self.tensors)
+        now = self._versions(self.parameters, self.tensors)
         if not self.tensors or now == self._seen[-1]:
             return []
         moved = {id(view) for view, version, known in zip(self._known, now, self._seen[-1]) if version != known}
@@ -174,7 +190,7 @@ class GroupLook:
         if not self.tensors:
             return []
         parameters = standing(self._weights)
-        if all(map(operator.is_, parameters, self.parameters)) and addresses(self.parameters) == self._seen[1]:
+        if all(map(operator.is_, parameters, self.parameters)) and self._addresses() == self._seen[1]:
             return []
         gone = set()
         for view, here, there in zip(self._known, parameters, self.parameters):
@@ -216,23 +232,14 @@ class GroupLook:
             view.parameter = view.tensor = view.rows = None
 
 
-def addresses(parameters: "list[Tensor]") -> "list[int]":
-    return [p.data_ptr() if type(p) is nn.Parameter else local(p).data_ptr() for p in parameters]
-
-
-def versions(parameters: "list[Tensor]", tensors: "list[Tensor]") -> "list[Any]":
-    """What a write moves: the counter of a parameter, which its tensor shares. A DTensor's own operations move that of the
-    DTensor alone, others that of its local tensor."""
-    return [t._version if type(p) is nn.Parameter else (t._version, p._version) for t, p in zip(tensors, parameters)]
-
-
 def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
     # a plain lookup for all, as properties cost as much as the rest
-    found = [weight.owner._parameters.get(weight.name) for weight in weights]
-    for weight, parameter in zip(weights, found):
+    found: list[Any] = [weight.owner._parameters.get(weight.name) for weight in weights]
+    for i, parameter in enumerate(found):
         if parameter is None:
-            check_lasting(weight)  # a parametrization has taken its place, maybe
-    return [weight.parameter if p is None else p for weight, p in zip(weights, found)]
+            check_lasting(weights[i])  # a parametrization has taken its place, maybe
+            found[i] = weights[i].parameter
+    return found
 
 
 def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":

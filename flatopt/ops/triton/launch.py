@@ -25,6 +25,7 @@ from .table import DTYPES, Entry, Kind, entry, upload
 ROWS, PAIRS, WARPS = 8, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+SCRATCH_KEPT = 1 << 23  # bytes
 CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # before, constants were left out of the call
 COUNTS_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
@@ -43,7 +44,7 @@ class TritonPlan:
         self._entries: list[Entry] = []
         self._launches: list[Launch] = []
         self._stds: list[Tensor] = []  # of each weight (rows, 1)
-        self._marks = Flags(len(views), self._device)
+        self._marks = Flags(len(views), self._device, on_host=True)
         self._journal = Journal()
         self._sigma = 0.0
         self._key: Key | None = None  # of the sums that the launches hold
@@ -116,12 +117,12 @@ class TritonPlan:
 
     def _move(self, launch: "Launch", how: constexpr, stage: constexpr) -> None:
         assert self._key is not None
-        launch.move(how, stage, self._key, self._sigma, self._marks.on_device)
+        launch.move(how, stage, self._key, self._sigma, self._marks.set)
 
     def _put_copy_back(self) -> None:
         # what stood clean before is looked at, too; not the one that may have been perturbed or not
         for launch in self._launches if self._journal == Journal() else self._launches[: self._journal.perturbed]:
-            launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.on_device)
+            launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.set)
         torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
         self._journal = Journal()
 
@@ -185,6 +186,7 @@ class Launch:
             heights.append(row.rows)
             offset, self.scratch = offset + row.rows, self.scratch + (row.rank * row.columns + 7) // 8 * 8
         shapes = tuple((member.row.rows, member.row.columns) for member in members)
+        self._scratch: Tensor | None = None  # kept from step to step if it is small
         self.finds = not all(member.given for member in members)
         self.table = upload(table, device)
         self.tiles = _tiles(shapes, ROWS, SPAN.value, device)
@@ -215,7 +217,10 @@ class Launch:
         """Find the standard deviations that are not given."""
         if not self.finds:
             return
-        scratch = torch.empty(self.scratch, dtype=self.kind.dtype, device=self.stds.device)
+        scratch = self._scratch
+        if scratch is None:
+            scratch = torch.empty(self.scratch, dtype=self.kind.dtype, device=self.stds.device)
+            self._scratch = scratch if scratch.nbytes <= SCRATCH_KEPT else None
         self._prepare(self.table, scratch)
         self._norms(self.table, self.norm_tiles, self.stds, scratch, float(sigma))
 
@@ -238,7 +243,9 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> None:
         if self._compiled is not None:
-            self._compiled(*arguments, *self._constants)
+            # of a tensor, the launcher would ask for its address and the driver whether that is on a GPU: by then it is
+            given = [a.data_ptr() if type(a) is Tensor else a for a in arguments]
+            self._compiled(*given, *self._constants)
             return
         compiled = self._kernel[self._grid](*arguments, *self._constants, **self._options)
         if compiled is not None and CALLS_COMPILED:  # None in Triton's interpreter

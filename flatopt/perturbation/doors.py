@@ -18,6 +18,15 @@ from .unseen_steps import UnseenSteps
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
 
+class Calls(threading.local):
+    """The calls of roots, of each thread its own: one that is refused must leave the thread that trains as it is."""
+
+    def __init__(self) -> None:
+        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # what each root last ran as
+        self.around: list[tuple[nn.Module, bool]] = []  # roots that call themselves: what the outer call runs as
+        self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
+
+
 class Doors:
     """What the hooks of one optimizer share. ``perturb`` opens a step, ``next_draw`` ends a micro-batch's noise, if each is
     to have its own; reached weakly: hooks keep no optimizer."""
@@ -26,8 +35,7 @@ class Doors:
         self.weights: PerturbedWeights | None = weights
         self.perturb, self.next_draw = perturb, next_draw
         self.backward_began = False  # since this was last set: the training forward after it is another micro-batch's
-        self.trains: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # what each root last ran as
-        self.around: list[tuple[nn.Module, bool]] = []  # roots that call themselves: what the outer call runs as
+        self.calls = Calls()
         # roots run without gradients since the last step; whether by an autograd.Function (reentrant checkpointing)
         self.ran_clean: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.opened: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # roots that trained since the last step
@@ -41,9 +49,8 @@ class Doors:
         self.first_pass = FirstPass()
         self.unseen_steps = UnseenSteps()
         self._memory: set[int] = set()
-        self.inside: set[nn.Module] = set()  # roots whose forward runs; one too many after an interrupt, so only a hint
         self.reader: nn.Module | None = None  # a root that reads W inside backward
-        self.within = False  # whether there are any: torch.compile keeps code for each value
+        self.within = False  # whether a root runs, the last thread says: a hint; torch.compile keeps code for each value
         self.trained = False  # whether a training forward began since this was last set
         self.adapters_changed = False  # maybe: somebody called a method that can
 

@@ -123,10 +123,10 @@ class BeforeRoot(Hook):
             if reads:
                 doors.weights.suspend()
             return
-        if module in doors.inside and calls_itself(module):
-            doors.around.append((module, doors.trains.get(module, trains)))
-        doors.trains[module] = trains
-        doors.inside.add(module)
+        if module in doors.calls.inside and calls_itself(module):
+            doors.calls.around.append((module, doors.calls.trains.get(module, trains)))
+        doors.calls.trains[module] = trains
+        doors.calls.inside.add(module)
         doors.within = True
         if trains:
             doors.trained = True
@@ -160,17 +160,17 @@ class AfterRoot(Hook):
         doors = self.doors
         if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
-        trains = doors.trains.get(module)
+        trains = doors.calls.trains.get(module)
         if in_backward():
             if doors.reader is module:
                 doors.reader = None
                 doors.read_in_backward(output)
             return
-        if doors.around and doors.around[-1][0] is module and calls_itself(module):
-            doors.trains[module] = doors.around.pop()[1]
+        if doors.calls.around and doors.calls.around[-1][0] is module and calls_itself(module):
+            doors.calls.trains[module] = doors.calls.around.pop()[1]
             return
-        doors.inside.discard(module)
-        doors.within = bool(doors.inside)
+        doors.calls.inside.discard(module)
+        doors.within = bool(doors.calls.inside)
         if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
         elif trains is False and torch.is_grad_enabled():
@@ -203,7 +203,7 @@ class BeforeOwner(Hook):
             if doors.in_backward(module) and not compiled:
                 doors.read_this_once(module)
             return
-        trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.trains)
+        trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.calls.trains)
         new = installed(module) is None
         doors.settle(module, trains if around is None else around)
         if new and installed(module) is not None:

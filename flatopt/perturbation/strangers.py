@@ -96,7 +96,7 @@ def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
     doors.look_where_they_lie()  # they may have moved since the last step
     if not doors.holds(parameter):
         return
-    if enclosing_forward(doors.trains) is not None or any(running in doors.owners for running in running_modules()):
+    if enclosing_forward(doors.calls.trains) is not None or any(running in doors.owners for running in running_modules()):
         return  # no reader: PEFT's target_parameters are parametrized within each forward
     if torch._guards.TracingContext.try_get() is not None:
         return  # what torch.compile traces with

@@ -123,6 +123,36 @@ def test_an_evaluation_in_another_thread_amid_a_step_is_refused(model, before):
     assert not changed(model, before)
 
 
+def test_an_evaluation_in_another_thread_that_is_refused_leaves_the_forward_under_way_as_it_is(model, before):
+    optimizer, refused, (x, y) = amid_a_step(model), [], batch()
+    want = [p.grad for p in trainable(model)]
+    optimizer.zero_grad()
+
+    def evaluate():
+        try:
+            with torch.no_grad():
+                model(x)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def meanwhile(module, args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=evaluate)
+            thread.start()
+            thread.join()
+
+    handle = model.get_base_model().second.register_forward_pre_hook(meanwhile)
+    loss = nn.functional.cross_entropy(model(x), y)
+    handle.remove()
+    assert len(refused) == 1
+    assert optimizer.is_perturbed
+    loss.backward()
+    for parameter, wanted in zip(trainable(model), want):
+        assert torch.equal(parameter.grad, wanted)
+    optimizer.step()
+    assert not changed(model, before)
+
+
 def test_an_evaluation_in_another_thread_between_steps(model):
     optimizer = amid_a_step(model)
     optimizer.step()

@@ -194,6 +194,11 @@ class PerturbedWeights:
         optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the base weights would have to move while a CUDA graph is captured: each replay would repeat this step's "
+                "noise. Call optimizer.perturb() before the capture and before each replay, and optimizer.step() after it"
+            )
         with self._lock, uninterrupted(), _unseen_by_recorders(), writing():
             yield
         del optimizer

@@ -120,6 +120,31 @@ def test_backward_after_an_eval_forward_finds_the_noise_its_graph_was_made_at(mo
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+def test_a_backward_of_gradients_after_an_eval_forward_needs_perturb(model, before):
+    optimizer = wrap(model)
+
+    def penalty():
+        return sum(g.square().sum() for g in torch.autograd.grad(loss_of(model), trainable(model), create_graph=True))
+
+    penalty().backward()
+    want = [p.grad for p in trainable(model)]
+    for told in (False, True):
+        optimizer.zero_grad()
+        now = penalty()
+        model.eval()(batch()[0])
+        model.train()
+        if told:
+            optimizer.perturb()
+            now.backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                now.backward()
+    for parameter, wanted in zip(trainable(model), want):
+        torch.testing.assert_close(parameter.grad, wanted)
+    optimizer.step()
+    assert not changed(model, before)
+
+
 def test_an_eval_forward_before_backward_raises_with_subtract(model):
     optimizer = wrap(model, restore="subtract")
     loss = loss_of(model)

@@ -244,10 +244,10 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":
     """What stands in the weights' places, found without running anybody's code: a parametrization would compute."""
     found: list[Tensor | None] = [weight.owner._parameters.get(weight.name) for weight in weights]
-    for i, weight in enumerate(weights):
-        if found[i] is None:
-            own = weight.owner.__dict__
-            found[i] = own.get(weight.name, own["_buffers"].get(weight.name))
+    for i, parameter in enumerate(found):
+        if parameter is None:
+            own, name = weights[i].owner.__dict__, weights[i].name
+            found[i] = own.get(name, own["_buffers"].get(name))
     return found
 
 

@@ -267,6 +267,8 @@ class PerturbedWeights:
             look.follow()
 
     def _refuse(self, written: "list[WeightView]", replaced: "Sequence[WeightView]" = ()) -> None:
+        if not written and not replaced:
+            return
         kept = {id(view) for look in self._looks if look.keeps_copies for view in look.views}
         overwritten, lost = [v for v in written if id(v) in kept], [v for v in written if id(v) not in kept]
         said = []
@@ -284,11 +286,10 @@ class PerturbedWeights:
                 f"{_names(replaced)} was replaced while it was perturbed: the parameter that it was is clean again, the new "
                 "one was left as it is, and has noise in it if it was made from the old one's values. If so, reload it"
             )
-        if said:
-            said.append(
-                "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
-            )
-            raise RuntimeError(". ".join(said))
+        said.append(
+            "All other weights are back. Before changing or swapping base weights (an EMA), call optimizer.restore()"
+        )
+        raise RuntimeError(". ".join(said))
 
     def reshard(self) -> None:
         """Let go of what FSDP2 gathered, so that the weights are the shards."""

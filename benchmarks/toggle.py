@@ -32,12 +32,13 @@ def measure(label: str, name: str) -> dict:
     sums = [p.detach().double().sum().item() for p in model.parameters() if not p.requires_grad]
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = FlatPerturbOptimizer(torch.optim.SGD(adapters, lr=0.0), model, sigma=0.05, schedule="constant")
+    bare = torch.optim.SGD(adapters, lr=0.0)  # the part of "restore" that is its own step
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gpu: dict[str, list[float]] = {"perturb": [], "restore": []}
-    host: dict[str, list[float]] = {"perturb": [], "restore": []}
+    gpu: dict[str, list[float]] = {"perturb": [], "restore": [], "bare": []}
+    host: dict[str, list[float]] = {"perturb": [], "restore": [], "bare": []}
     for step in range(WARM + STEPS):
-        for what, call in (("perturb", optimizer.perturb), ("restore", optimizer.step)):
+        for what, call in (("perturb", optimizer.perturb), ("restore", optimizer.step), ("bare", bare.step)):
             [object() for _ in range(200_000)]  # what a training step does to the host's caches
             torch.cuda.synchronize()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -45,7 +45,7 @@ class GroupLook:
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore)
-        if self._settings != settings or self._weights != weights:  # the same objects, as each equals but itself
+        if self._settings != settings or self._weights != list(weights):  # each equals itself alone
             self._settings, self._weights = settings, list(weights)  # amid a step they are these
             self._seen, self._keys = [], []
             self._quantised = [False] * len(weights)

@@ -151,8 +151,7 @@ class Peft(Singleton):
             A, B, scaling, magnitude = plain
             # in_features and out_features are the layer's, so that the number of elements tells the shape
             if magnitude is None and type(A) is type(B) is nn.Parameter:  # the usual: as _memory, but flat
-                of_A, of_B = (id(A), A.data_ptr(), A.dtype, A.numel()), (id(B), B.data_ptr(), B.dtype, B.numel())
-                keys.append((scaling, *of_A, *of_B))
+                keys.append((scaling, id(A), A.data_ptr(), A.dtype, A.numel(), id(B), B.data_ptr(), B.dtype, B.numel()))
             else:
                 keys.append((scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)))
         return keys

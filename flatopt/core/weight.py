@@ -79,7 +79,7 @@ class AdaptedWeight:
         return weight.view(weight.shape[0], -1)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class WeightView:
     """How a weight stands in one step: its number (which names its noise), its 2-D view, and its update.
 

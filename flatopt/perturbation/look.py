@@ -45,7 +45,7 @@ class GroupLook:
     def at(self, weights: "list[AdaptedWeight]", first: int, noise: str, restore: str, taken: "set[int]") -> None:
         """Look at ``weights``, numbered from ``first``, and make ``plans``; ``taken``: memory that an earlier group has."""
         settings = (first, noise, restore)
-        if self._settings != settings or self._weights != weights:  # the same objects, as each equals but itself
+        if self._settings != settings or self._weights != list(weights):  # each equals itself alone
             self._settings, self._weights = settings, list(weights)  # amid a step they are these
             self._seen, self._keys = [], []
             self._quantised = [False] * len(weights)
@@ -245,10 +245,10 @@ def parameters_of(weights: "list[AdaptedWeight]") -> "list[Tensor]":
 def standing(weights: "list[AdaptedWeight]") -> "list[Tensor | None]":
     """What stands in the weights' places, found without running anybody's code: a parametrization would compute."""
     found: list[Tensor | None] = [weight.owner._parameters.get(weight.name) for weight in weights]
-    for i, weight in enumerate(weights):
-        if found[i] is None:
-            own = weight.owner.__dict__
-            found[i] = own.get(weight.name, own["_buffers"].get(weight.name))
+    for i, parameter in enumerate(found):
+        if parameter is None:
+            own, name = weights[i].owner.__dict__, weights[i].name
+            found[i] = own.get(name, own["_buffers"].get(name))
     return found
 
 

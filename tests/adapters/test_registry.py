@@ -203,18 +203,46 @@ def fewer_ranks(layer):
     layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data[:2]
 
 
+def another_type(layer):
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.detach().view(torch.int32), False)
+
+
+def another_linear(layer):
+    layer.lora_B["default"] = copy.deepcopy(layer.lora_B["default"])
+
+
+def another_dict(layer):
+    layer.lora_A._modules = dict(layer.lora_A._modules, default=copy.deepcopy(layer.lora_A["default"]))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         replaced,
         other_memory,
         fewer_ranks,
+        another_type,
+        another_linear,
+        another_dict,
+        lambda layer: layer.merge(),
         lambda layer: layer.scaling.update(default=3.0),
         lambda layer: layer.enable_adapters(False),
         lambda layer: layer.set_adapter("other"),
         lambda layer: layer.set_adapter(["default", "other"]),
     ],
-    ids=["replaced", "other memory", "fewer ranks", "scaling", "disabled", "other adapter", "both adapters"],
+    ids=[
+        "replaced",
+        "other memory",
+        "fewer ranks",
+        "type",
+        "linear",
+        "dict",
+        "merged",
+        "scaling",
+        "disabled",
+        "other adapter",
+        "both adapters",
+    ],
 )
 def test_what_changes_the_update_changes_the_key(change):
     from peft import LoraConfig
@@ -228,6 +256,21 @@ def test_what_changes_the_update_changes_the_key(change):
     after = keys(model)
     assert [a == b for a, b in zip(after, before)] == [True, False, True]
     assert len(held)
+
+
+@pytest.mark.parametrize("knows_variants", [True, False])
+def test_another_magnitude_changes_the_key(knows_variants):
+    model = lora_mlp(use_dora=True)
+    layer = model.base_model.model.second
+    if not knows_variants:  # PEFT before 0.16
+        layer.__dict__.pop("lora_variant", None)
+    before = keys(model)
+    assert keys(model) == before
+    magnitude = layer.lora_magnitude_vector["default"]
+    held, magnitude.weight = magnitude.weight, nn.Parameter(magnitude.weight.detach().clone())
+    assert [a == b for a, b in zip(keys(model), before)] == [True, False, True]
+    assert PEFT.updates(find_weights([model]))[1].row_norm is not None
+    assert held is not None
 
 
 def test_the_key_of_two_adapters_of_embeddings_and_of_none_is_known_too():

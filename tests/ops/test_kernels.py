@@ -480,15 +480,69 @@ def test_a_kernel_is_looked_up_once(monkeypatch, calls_compiled):
     monkeypatch.setattr(launch, "CALLS_COMPILED", calls_compiled)
     jit = Compiles()
     kernel = launch.Kernel(jit, 7, ("bf16", 16), num_warps=4)
-    for number in range(3):
-        kernel("table", number)
+    tables = [torch.zeros(1) for _ in range(3)]  # the address is that of the tensor given, not of one before
+    for number, table in enumerate(tables):
+        kernel(table, number)
     again = "compiled" if calls_compiled else {"num_warps": 4}
+    given = [table.data_ptr() if calls_compiled else table for table in tables]
     grid, constants = (7, 1, 1), ("bf16", 16)
     assert jit.calls == [
-        (grid, ("table", 0, *constants), {"num_warps": 4}),
-        (grid, ("table", 1, *constants), again),
-        (grid, ("table", 2, *constants), again),
+        (grid, (tables[0], 0, *constants), {"num_warps": 4}),
+        (grid, (given[1], 1, *constants), again),
+        (grid, (given[2], 2, *constants), again),
     ]
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_compiled_kernel_is_launched_on_the_current_stream():
+    from flatopt.ops.triton import launch
+
+    kernel = launch._current_stream(torch.zeros(1, device=DEVICE))
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        assert kernel() == other.cuda_stream
+    assert kernel() == torch.cuda.current_stream().cuda_stream
+
+
+@runs
+def test_scratch_that_is_kept_and_not_kept_gives_the_same(monkeypatch):
+    from flatopt.ops.triton import launch
+
+    found = []
+    for limit in (launch.SCRATCH_KEPT, 0):
+        monkeypatch.setattr(launch, "SCRATCH_KEPT", limit)
+        torch.manual_seed(0)
+        A, B = (gaussian(*shape, dtype=torch.float32, scale=0.3) for shape in ((4, 64), (16, 4)))
+        view = weight_view(gaussian(16, 64, dtype=torch.float32), WeightUpdate(((B, A, SCALING),)))
+        (plan,) = ops.plan([view], "filter", "reversible")
+        for _ in range(2):
+            plan.fill_std(SIGMA)
+            found.append(plan._stds[0].clone())
+            A.mul_(-2)  # what the scratch holds is of the step before
+        assert (plan._launches[0]._scratch is None) == (limit == 0)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+@runs
+@pytest.mark.parametrize("on_host", [True, False])
+def test_each_mark_is_read_once(on_host):
+    from flatopt.ops.fingerprint import Flags
+
+    flags = Flags(3, torch.device(DEVICE), on_host)
+    assert flags.read(wait=True) == []
+    flags.set[1] = 1
+    assert flags.read(wait=True) == []  # nothing was sent
+    flags.send()
+    assert flags.read(wait=True) == [1]
+    assert flags.read(wait=True) == []
+    flags.set[2] = 1
+    flags.send()
+    assert flags.read(wait=True) == [2]
+    flags.send()
+    assert flags.read(wait=True) == []
 
 
 @runs

@@ -128,8 +128,7 @@ class TritonPlan:
 
     def _look(self) -> None:
         """Follow the weights and updates where they changed; the table goes to the device if something in it did."""
-        seen = Seen.of(self.views)
-        if seen.same_as(self._seen):
+        if self._seen.is_of(self.views, self._tensors):
             return
         find = self._noise == "filter"
         entries = [entry(view, number, find) for number, view in enumerate(self.views)]
@@ -140,7 +139,7 @@ class TritonPlan:
             self._launches = [Launch(self._device, kind, [entries[n] for n in some]) for kind, some in by_kind.items()]
             stds = {n: std for launch, some in zip(self._launches, by_kind.values()) for n, std in zip(some, launch.stds_of)}
             self._stds = [stds[number] for number in range(len(entries))]
-        self._entries, self._seen = entries, Seen.of(self.views)  # the square sums may be new
+        self._entries, self._seen = entries, Seen.of(self.views, self._tensors)  # the square sums may be new
 
 
 class Journal(NamedTuple):
@@ -158,18 +157,15 @@ class Seen(NamedTuple):
     square_sums: list[object]
 
     @staticmethod
-    def of(views: list[WeightView]) -> "Seen":
-        return Seen(
-            [view.tensor.data_ptr() for view in views],  # type: ignore[union-attr]
-            [view.update for view in views],
-            [view.square_sums for view in views],
-        )
+    def of(views: list[WeightView], tensors: list[Tensor]) -> "Seen":
+        return Seen([t.data_ptr() for t in tensors], [v.update for v in views], [v.square_sums for v in views])
 
-    def same_as(self, other: "Seen") -> bool:
+    def is_of(self, views: list[WeightView], tensors: list[Tensor]) -> bool:
+        now = Seen.of(views, tensors)
         return (
-            self.weights == other.weights
-            and all(map(operator.is_, self.updates, other.updates))
-            and all(map(operator.is_, self.square_sums, other.square_sums))
+            self.weights == now.weights
+            and all(map(operator.is_, self.updates, now.updates))
+            and all(map(operator.is_, self.square_sums, now.square_sums))
         )
 
 
@@ -240,21 +236,31 @@ class Kernel:
     def __init__(self, kernel: Any, programs: int, constants: tuple[Any, ...], **options: Any):
         self._kernel, self._grid, self._constants, self._options = kernel, (programs, 1, 1), constants, options
         self._compiled: Callable[..., None] | None = None
+        self._stream: Callable[[], int] | None = None  # the current one
 
     def __call__(self, *arguments: Any) -> None:
         if self._compiled is not None:
             # of a tensor, the launcher would ask for its address and the driver whether that is on a GPU: by then it is
             given = [a.data_ptr() if type(a) is Tensor else a for a in arguments]
-            self._compiled(*given, *self._constants)
+            stream = {} if self._stream is None else {"stream": self._stream()}
+            self._compiled(*given, *self._constants, **stream)
             return
         compiled = self._kernel[self._grid](*arguments, *self._constants, **self._options)
         if compiled is not None and CALLS_COMPILED:  # None in Triton's interpreter
-            self._compiled = compiled[self._grid]
+            self._compiled, self._stream = compiled[self._grid], _current_stream(arguments[0])
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     # by its number, as torch would look long for that of a torch.device
     return torch.cuda.device(device.index) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _current_stream(of: Any) -> Callable[[], int] | None:
+    """Tells the stream that a launch on a tensor's device is for; Triton's launcher would ask for the device each time."""
+    if not (isinstance(of, Tensor) and of.is_cuda):
+        return None
+    ask = getattr(triton.runtime.driver.active, "get_current_stream", None)
+    return ask and functools.partial(ask, of.device.index)
 
 
 @functools.lru_cache(maxsize=64)

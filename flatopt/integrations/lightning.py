@@ -10,6 +10,7 @@ except ImportError:  # the older package of the same code
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from ..optimizers.flat import FlatPerturbOptimizer
+from .options import checked
 from .unwrap import bare_optimizer
 
 
@@ -30,8 +31,8 @@ class FlatPerturbCallback(pl.Callback):
         schedule, noise, restore, draws, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
     Raises:
-        ValueError: when training begins, if ``total_steps`` is needed and unknown, if the module has several optimizers, and
-            for what ``FlatPerturbOptimizer`` refuses.
+        ValueError: at once for a value that does not fit; when training begins, if ``total_steps`` is needed and unknown, if
+            the module has several optimizers, and for what ``FlatPerturbOptimizer`` refuses.
 
     Example::
 
@@ -53,10 +54,9 @@ class FlatPerturbCallback(pl.Callback):
         shared: bool = False,
     ):
         self.targets, self.total_steps = targets, total_steps
-        self.options: dict[str, Any] = {
-            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "draws": draws,
-            "shared": shared,
-        }  # fmt: skip
+        self.options = checked(
+            sigma=sigma, seed=seed, schedule=schedule, noise=noise, restore=restore, draws=draws, shared=shared
+        )
         self.optimizer: FlatPerturbOptimizer | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -6,9 +6,8 @@
         --prompt "a 3d icon in the style of sks"                   # the paper's recipe, on a GPU with a network
 
 The recipe (Li et al., ICML 2025): r = alpha = 4, AdamW at a constant lr of 1e-4, 500 steps of batch 1, sigma 0.1, 23 images
-of one style. We have not run it on SDXL. Offline, a UNet learns scikit-learn's digits and is then given 20 more that lie on
-their side, under a word of their own. Compared is the denoising loss, at fixed times and noises, on held out images of the
-new style, and on the old digits, which should not be forgotten. It takes ten minutes of a CPU core.
+of one style. Not run on SDXL. Offline, a UNet learns digits and is then given 20 that lie on their side, under a word of
+their own: ten minutes of a core. Compared is the loss, at fixed times and noises, on images held out of both styles.
 """
 
 import argparse

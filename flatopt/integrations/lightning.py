@@ -10,6 +10,7 @@ except ImportError:  # the older package of the same code
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from ..optimizers.flat import FlatPerturbOptimizer
+from .options import checked, warn_late
 from .unwrap import bare_optimizer
 
 
@@ -30,8 +31,8 @@ class FlatPerturbCallback(pl.Callback):
         schedule, noise, restore, draws, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
     Raises:
-        ValueError: when training begins, if ``total_steps`` is needed and unknown, if the module has several optimizers, and
-            for what ``FlatPerturbOptimizer`` refuses.
+        ValueError: at once for a value that does not fit; when training begins, if ``total_steps`` is needed and unknown, if
+            the module has several optimizers, and for what ``FlatPerturbOptimizer`` refuses.
 
     Example::
 
@@ -53,14 +54,17 @@ class FlatPerturbCallback(pl.Callback):
         shared: bool = False,
     ):
         self.targets, self.total_steps = targets, total_steps
-        self.options: dict[str, Any] = {
-            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "draws": draws,
-            "shared": shared,
-        }  # fmt: skip
+        self.options = checked(
+            sigma=sigma, seed=seed, schedule=schedule, noise=noise, restore=restore, draws=draws, shared=shared
+        )
         self.optimizer: FlatPerturbOptimizer | None = None
+        self.loaded = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.detach()
+        if trainer.ckpt_path and trainer.global_step and not self.loaded:
+            warn_late(trainer.global_step)
+        self.loaded = False
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"FlatPerturbCallback works with one optimizer, {type(pl_module).__name__} has {len(trainer.optimizers)}. "
@@ -96,6 +100,7 @@ class FlatPerturbCallback(pl.Callback):
         return {name: value for name, value in self.options.items() if not callable(value)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = True
         now = self.state_dict()
         changed = [f"{k} was {v}, is {now[k]}" for k, v in state_dict.items() if now.get(k, v) != v]
         if changed:

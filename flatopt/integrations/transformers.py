@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..optimizers.flat import FlatPerturbOptimizer
+from .options import checked, warn_late
 from .unwrap import bare_optimizer
 
 
@@ -23,7 +24,8 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
     resumed from a checkpoint goes on bit for bit. Evaluation, generation and checkpoints see the clean weights.
 
     Args:
-        sigma: noise std in units of the rms of each row of the merged weight; ≥ 0. 0 is plain training.
+        sigma: noise std in units of the rms of each row of the merged weight; ≥ 0. 0 is plain training. A trial of
+            ``hyperparameter_search`` that has a parameter named ``sigma`` trains with that.
         seed: names the noise.
         targets: None: every adapted layer of the trained model. Or target groups as ``FlatPerturbOptimizer`` takes them,
             or a function from the model to them, for a model that the trainer makes itself (``peft_config=``,
@@ -31,8 +33,8 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         schedule, noise, restore, draws, shared: as in :class:`flatopt.FlatPerturbOptimizer`.
 
     Raises:
-        ValueError: when training begins, for arguments and models that ``FlatPerturbOptimizer`` refuses; if the trainer's
-            optimizer is a ``FlatPerturbOptimizer`` already.
+        ValueError: at once for a value that does not fit; when training begins, for models that ``FlatPerturbOptimizer``
+            refuses, and if the trainer's optimizer is a ``FlatPerturbOptimizer`` already.
 
     Example::
 
@@ -53,10 +55,10 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         shared: bool = False,
     ):
         self.targets = targets
-        self.options: dict[str, Any] = {
-            "sigma": sigma, "seed": seed, "schedule": schedule, "noise": noise, "restore": restore, "draws": draws,
-            "shared": shared,
-        }  # fmt: skip
+        self.options = checked(
+            sigma=sigma, seed=seed, schedule=schedule, noise=noise, restore=restore, draws=draws, shared=shared
+        )
+        self.of_trial: dict[str, Any] = {}
         self.optimizer: FlatPerturbOptimizer | None = None
         self.not_restored: list[str] = []
 
@@ -64,20 +66,23 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         """What ``trainer_state.json`` keeps: plain values. ``targets`` and a schedule of your own are not among them."""
         own = {"targets": self.targets is not None, "schedule": callable(self.options["schedule"])}
         lost = [name for name, is_own in own.items() if is_own]
-        args = {name: value for name, value in self.options.items() if name not in lost}
+        args = {name: value for name, value in {**self.options, **self.of_trial}.items() if name not in lost}
         return {"args": args, "attributes": {"not_restored": lost}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.detach()  # it can come again without an end: a retry with a smaller batch, an exception, a notebook
+        trial = state.trial_params or {}
+        self.of_trial = {"sigma": trial["sigma"]} if "sigma" in trial else {}
+        options = checked(**{**self.options, **self.of_trial})
         self._check_resumed(state)
         _check_policy_ratio(args)
         targets = kwargs["model"] if self.targets is None else self.targets
         if callable(targets) and not isinstance(targets, nn.Module):
             targets = targets(kwargs["model"])
         bare = bare_optimizer(kwargs["optimizer"])
-        self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=state.max_steps, **self.options)
+        self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=state.max_steps, **options)
         # not what a checkpoint or an earlier train() left with the optimizer
-        self.optimizer.seed, self.optimizer.step_count = self.options["seed"], state.global_step
+        self.optimizer.seed, self.optimizer.step_count = options["seed"], state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.optimizer is not None:
@@ -104,7 +109,10 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
                 f"{' and '.join(self.not_restored)}. Set restore_callback_states_from_checkpoint=False and give the Trainer "
                 "the callback as before"
             )
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved is None:
+            warn_late(state.global_step)
+            state.stateful_callbacks[type(self).__name__] = self.state()  # without it the Trainer's next save is a KeyError
         if state.global_step and isinstance(saved, dict):
             before, now = saved.get("args", {}), self.state()["args"]
             same = {name for name, value in before.items() if now.get(name, value) == value}

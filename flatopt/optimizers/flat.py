@@ -120,10 +120,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several "
                 "target groups to one FlatPerturbOptimizer"
             )
-        if not is_whole(seed):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
-        if draws not in DRAWS:
-            raise ValueError(f"draws must be one of {', '.join(DRAWS)}, got {draws!r}")
+        check_draws(seed, draws)
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
         self._seed, self._step, self._draw, self.draws = int(seed), 0, 0, draws
         self.total_steps, self.shared = total_steps, shared
@@ -631,6 +628,14 @@ def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
         reason = unsupported_reason(weight, group["noise"])
         if reason is not None:
             raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
+
+
+def check_draws(seed: Any, draws: Any) -> None:
+    """Raise for what is one for all groups and does not fit."""
+    if not is_whole(seed):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    if draws not in DRAWS:
+        raise ValueError(f"draws must be one of {', '.join(DRAWS)}, got {draws!r}")
 
 
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:

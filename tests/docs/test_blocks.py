@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(
     r"(<!-- not run: (?P<reason>[^>]+?) -->\n+)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.DOTALL | re.MULTILINE
 )
-LIBRARIES = ["accelerate", "datasets", "lightning", "peft", "timm", "transformers", "trl"]
+LIBRARIES = ["accelerate", "datasets", "diffusers", "lightning", "optuna", "peft", "timm", "transformers", "trl"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -1,7 +1,9 @@
 """The examples, each by its own command with --tiny and without a network; and the notebook."""
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,19 @@ def test_all_examples_are_short_and_tested():
     assert {name for name in files if name.startswith("finetune_") or name == "custom_module"} == {*EXAMPLES, "finetune_vit"}
     for name in EXAMPLES:
         assert len(files[name].read_text().splitlines()) < 150, name
+
+
+def test_each_says_what_it_needs_and_how_to_call_it():
+    for name, packages in EXAMPLES.items():
+        doc = ast.get_docstring(ast.parse((ROOT / "examples" / f"{name}.py").read_text()))
+        install = re.search(r"pip install -e .*", doc)[0].split()
+        for package in ("rich", "scipy", *packages):
+            wanted = {"sklearn": "scikit-learn", "peft": "'.[peft]'", "transformers": "'.[peft]'"}
+            assert wanted.get(package, package.replace("_", "-")) in install, (name, package)
+    command = [sys.executable, str(ROOT / "examples" / "custom_module.py"), "--help"]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
+    assert "pip install" in shown.stdout
+    assert "--tiny" in shown.stdout
 
 
 def test_the_notebook_runs(tmp_path):

@@ -148,6 +148,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         fit(tmp_path, callback(0.3), epochs=2, checkpoint=tmp_path / "half.ckpt")
 
 
+def test_a_checkpoint_of_plain_training_warns(tmp_path):
+    fit(tmp_path, save=tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match=f"begins at step {BATCHES}: the checkpoint was written without it"):
+        fit(tmp_path, FlatPerturbCallback(sigma=0.1), epochs=2, checkpoint=tmp_path / "plain.ckpt")
+
+
 def test_an_exception_leaves_clean_weights_and_no_hooks(tmp_path):
     class Fails(Task):
         def on_after_backward(self):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import bits, trainable
@@ -333,12 +334,57 @@ def test_model_init_and_hyperparameter_search(tmp_path):
         assert watch.changed() == []
 
 
+@pytest.mark.filterwarnings("error:.*FlatPerturb")
+def test_sigma_may_be_searched(tmp_path):
+    pytest.importorskip("optuna")
+    callback, seen = FlatPerturbCallback(sigma=0.3), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(callback.optimizer.perturb_groups[0]["sigma"])
+
+    trainer = Trainer(
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=STEPS),
+        model_init=lambda trial=None: lora_llama(),
+        train_dataset=rows(),
+        eval_dataset=rows(4, seed=2),
+        callbacks=[callback, Look()],
+    )
+    tried = iter([0.1, 0.2])
+    trainer.hyperparameter_search(
+        lambda trial: {"sigma": trial.suggest_categorical("sigma", [next(tried)])}, n_trials=1, backend="optuna"
+    )
+    file = next(tmp_path.glob(f"run-*/checkpoint-{STEPS}/trainer_state.json"))
+    assert json.loads(file.read_text())["stateful_callbacks"]["FlatPerturbCallback"]["args"]["sigma"] == 0.1
+    trainer.train()
+    assert seen == [0.1] * STEPS + [0.3] * STEPS
+
+
 def test_seq2seq_trainer_generates_at_clean_weights(tmp_path):
     options = {"predict_with_generate": True, "generation_max_length": 4, "eval_strategy": "steps", "eval_steps": 2}
     _, watch = train(tmp_path, model=t5(), trainer=Seq2SeqTrainer, **options)
     assert watch.trained == [False] * STEPS
     assert watch.read
     assert all(watch.read)
+
+
+@pytest.mark.parametrize("wrong", [{"sigma": "0.05"}, {"schedule": "cos"}, {"draws": "batch"}, {"seed": 0.5}])
+def test_a_value_that_does_not_fit_is_refused_at_once(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        FlatPerturbCallback(**wrong)
+
+
+def test_a_checkpoint_of_plain_training_warns_and_one_keeps_numpys_numbers(tmp_path):
+    train(tmp_path / "plain", None, save_strategy="steps", save_steps=2)
+    callback, checkpoint = (
+        FlatPerturbCallback(sigma=np.float32(0.1), seed=np.int64(3)),
+        str(tmp_path / "plain" / "checkpoint-2"),
+    )
+    with pytest.warns(UserWarning, match="begins at step 2: the checkpoint was written without it"):
+        train(tmp_path / "flat", callback, resume=checkpoint, save_strategy="steps", save_steps=4)
+    state = json.loads((tmp_path / "flat" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FlatPerturbCallback"]["args"]["seed"] == 3
 
 
 def test_two_at_once_and_nothing_to_perturb_are_refused(tmp_path):

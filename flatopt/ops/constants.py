@@ -30,9 +30,7 @@ class writing:  # a class, as a generator's context manager takes twice as long,
     """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
 
     def __enter__(self) -> None:
-        modes, fake = torch._C._len_torch_dispatch_stack(), None
-        if modes:
-            fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         self._stack: ExitStack | None = None
         self._gradients = torch.is_grad_enabled()
         if fake is not None or torch.is_inference_mode_enabled():

@@ -1,6 +1,5 @@
 """The optimizer wrapper: the one line that changes."""
 
-import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -150,7 +149,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
-        self._checked: list[Any] = []  # settings of the groups that fit, these very objects
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
@@ -273,7 +271,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
         self._adopt(self.optimizer.param_groups)
-        self._check_groups()
+        for group in self.perturb_groups:
+            check_group(group, self)
         self._warn_past_the_end()
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
@@ -292,15 +291,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self._drawn, self._parts = True, set()
                 trained = (p for group in self.innermost.param_groups for p in group["params"])
                 self._doors.unseen_steps.watch(next(trained, None))
-
-    def _check_groups(self) -> None:
-        names = ("sigma", "schedule", "noise", "restore")
-        settings = [group[name] for group in self.perturb_groups for name in names] + [self._total_steps]
-        if len(settings) == len(self._checked) and all(map(operator.is_, settings, self._checked)):
-            return
-        for group in self.perturb_groups:
-            check_group(group, self)
-        self._checked = settings
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.

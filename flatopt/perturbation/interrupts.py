@@ -44,13 +44,8 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
 
     def __exit__(self, *exception: object) -> None:
         self._waits = False
-        handlers = iter(self._handlers.items())
-        try:
-            for number, handler in handlers:
-                set_handler(number, handler)
-        finally:  # a signal that came just now raises there: the others are put back, too
-            others = [partial(set_handler, *each) for each in handlers]
-            _run([*others, *(partial(self._receive, *each) for each in self._waiting)])
+        put_back = [partial(set_handler, number, handler) for number, handler in self._handlers.items()]
+        _run([*put_back, *(partial(self._receive, number, frame) for number, frame in self._waiting)])
 
 
 def _run(calls: list[Callable[[], Any]]) -> None:

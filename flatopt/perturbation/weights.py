@@ -44,15 +44,10 @@ RECORDERS = {
 }
 
 
-NOTHING: AbstractContextManager[Any] = nullcontext()
-
-
 def _unseen_by_recorders() -> AbstractContextManager[Any]:
     """Ours are not among the operations that a selective checkpoint, make_fx or torch.export keep."""
-    if not torch._C._len_torch_dispatch_stack():
-        return NOTHING
     at_work = any(type(mode).__module__ in RECORDERS for mode in _get_current_dispatch_mode_stack())
-    context: AbstractContextManager[Any] = _disable_current_modes() if at_work else NOTHING
+    context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
     return context
 
 
@@ -97,7 +92,7 @@ class PerturbedWeights:
         if self.state == SUSPENDED:
             self.resume()
             return
-        with self._movable(), self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+        with self._moving():
             self.reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self._request = self._look(request), request
@@ -126,7 +121,7 @@ class PerturbedWeights:
         """
         if self.state == CLEAN:
             return
-        with self._movable(), self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+        with self._moving():
             self.reshard()
             replaced, written = self._replaced(), []
             if self.state == SUSPENDED and not untouched and not replaced and all(look.exact for look in self._looks):
@@ -150,7 +145,7 @@ class PerturbedWeights:
             self.restore()
         if self.state != PERTURBED:
             return
-        with self._movable(), self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
@@ -168,7 +163,7 @@ class PerturbedWeights:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
         if self.state != SUSPENDED:
             return
-        with self._movable(), self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+        with self._moving():
             self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
@@ -194,9 +189,9 @@ class PerturbedWeights:
             self._kept_versions, self._swapped = [], []
             self._note_versions()
 
-    def _movable(self) -> AbstractContextManager[Any]:
-        """Refuse where W cannot move. Within the context the optimizer lives: the collector would have its weights restored,
-        at any allocation."""
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -204,7 +199,9 @@ class PerturbedWeights:
                 "the base weights would have to move while a CUDA graph is captured: each replay would repeat this step's "
                 "noise. Call optimizer.perturb() before the capture and before each replay, and optimizer.step() after it"
             )
-        return nullcontext(self.optimizer())
+        with self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+            yield
+        del optimizer
 
     def _bits_back(self) -> "list[WeightView]":
         """Every piece clean. Returns the weights that somebody wrote to."""
@@ -352,7 +349,7 @@ class PerturbedWeights:
             try:
                 self.restore()
             finally:
-                with self._movable(), self._lock, uninterrupted(), _unseen_by_recorders(), writing():
+                with self._moving():
                     self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)

@@ -32,11 +32,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def qlora(folder, device="cpu", **quantization):
+def quantised_base(folder, device="cpu", **quantization):
     config = transformers.BitsAndBytesConfig(**quantization)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device)
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # there bitsandbytes repacks W in eval mode, to be trained no more
+    return model
+
+
+def qlora(folder, device="cpu", **quantization):
+    model = quantised_base(folder, device, **quantization)
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
     return peft.get_peft_model(model, config).train()
@@ -230,10 +235,7 @@ def test_transformers_trainer_trains_it(folder, kind, device, tmp_path):
 
 
 def test_adalora_on_a_4_bit_base_tells_its_update_in_factors(folder):
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False
+    model = quantised_base(folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(model, config).train()
     tokens = torch.randint(64, (2, 8))

@@ -8,12 +8,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flatopt.flatness.quantization import rounding
+
 from .methods import gradient_in, rising
 
 
-def noise_of(trainer, sigma: float, generator: torch.Generator) -> "list[Tensor]":
-    """Eq. 7's noise on each layer: N(0, σ²/n · ‖row of the merged weight‖²)."""
-    found = []
+def noise_of(trainer, config: dict, number: int, generator: torch.Generator) -> "list[Tensor]":
+    """Eq. 7's noise on each layer: N(0, σ²/n · ‖row of the merged weight‖²), of step ``number``."""
+    sigma, found = config["strength"] * rising(number, config["steps"]), []
     for layer in trainer.layers:
         merged = layer.merged()
         std = merged.norm(dim=1, keepdim=True).mul_(sigma / math.sqrt(merged.shape[1]))
@@ -22,16 +24,15 @@ def noise_of(trainer, sigma: float, generator: torch.Generator) -> "list[Tensor]
 
 
 def halves(places):
-    """One half of the batch at each of two places: ``places(trainer, σ, generator)`` gives the offsets of W there."""
+    """One half of the batch at each of two places: ``places(trainer, config, number, generator)`` gives W's offsets."""
 
     def make(trainer, optimizer, config, seed):
         gradient = trainer.gradient(parts=2)
         generator = torch.Generator(trainer.batch[0].device).manual_seed(seed)
 
         def step(number, batch):
-            sigma = config["strength"] * rising(number, config["steps"])
             sums = None
-            for k, offsets in enumerate(places(trainer, sigma, generator)):
+            for k, offsets in enumerate(places(trainer, config, number, generator)):
                 half = len(batch[0]) // 2
                 with trainer.moved(offsets):
                     gradient_in(gradient, tuple(t[k * half : (k + 1) * half] for t in batch))
@@ -46,20 +47,28 @@ def halves(places):
     return make
 
 
-def at_plus_and_minus(trainer, sigma, generator):
+def at_plus_and_minus(*given):
     """NSO's pairs (TMLR 2024): +ε and -ε."""
-    noise = noise_of(trainer, sigma, generator)
+    noise = noise_of(*given)
     return noise, [-each for each in noise]
 
 
-def at_two_draws(trainer, sigma, generator):
-    return noise_of(trainer, sigma, generator), noise_of(trainer, sigma, generator)
+def at_two_draws(*given):
+    return noise_of(*given), noise_of(*given)
 
 
-def at_w_and_noise(trainer, sigma, generator):
+def at_w_and_noise(*given):
     """mARWP's mixture (λ = ½): clean and noisy."""
-    noise = noise_of(trainer, sigma, generator)
+    noise = noise_of(*given)
     return [torch.zeros_like(each) for each in noise], noise
+
+
+def at_rounded(trainer, config, number, generator):
+    """Quantisation-aware training: the merged weight as int4 (a scale a row) makes it, the gradient passed straight through;
+    for a ``strength`` ½ of the batch or all of it."""
+    round_to = rounding("int4")
+    offsets = [round_to(merged) - merged for merged in (layer.merged() for layer in trainer.layers)]
+    return (offsets if config["strength"] == 1 else [torch.zeros_like(each) for each in offsets]), offsets
 
 
 class Activations:
@@ -208,6 +217,7 @@ RIVALS = {
     "antithetic": halves(at_plus_and_minus),
     "two draws": halves(at_two_draws),
     "mixed": halves(at_w_and_noise),
+    "qat": halves(at_rounded),
     "activations": Activations,
     "efm": efm,
     "nbar": nbar,

@@ -38,6 +38,7 @@ STRENGTHS = {
     "antithetic": (0.1, 0.15, 0.2),
     "two draws": (0.1, 0.15, 0.2),
     "mixed": (0.1, 0.15, 0.2, 0.3),
+    "qat": (0.5, 1.0),
     "activations": (0.1, 0.15, 0.2),
     "efm": (0.02, 0.1, 0.5),
     "nbar": (0.25, 1.0),
@@ -45,7 +46,7 @@ STRENGTHS = {
 }
 MIDDLE = {method: some[(len(some) - 1) // 2] for method, some in STRENGTHS.items()} | {"sam-full": 0.05}
 SIGNS = dict.fromkeys(STRENGTHS, "σ") | dict.fromkeys(("sam-adapter", "sam-full", "bilora", "efm"), "ρ")
-SIGNS |= {"group": "×", "nbar": "a", "dropout": "p"}
+SIGNS |= {"group": "×", "nbar": "a", "dropout": "p", "qat": "share"}
 CONTROLS = ({"weight_decay": 0.1}, {"weight_decay": 1.0}, {"steps": 0.5}, {"ema": 0.98})  # of plain LoRA
 RANKS = (2, 32)
 BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, as QLoRA does
@@ -258,15 +259,16 @@ def label(config: dict, steps: int) -> str:
 
 def rows(task, chosen: dict) -> "list[dict]":
     """Settings to run. Plain LoRA and the library's noise along learning rates; at the lr chosen for the noise, and so at
-    equal lr, everything else: the rivals at their chosen strength, and other settings, ranks and bases."""
+    equal lr, everything else: noise by groups, half noisy and quantisation-aware training at every strength, other rivals at
+    their chosen one, and other settings, ranks and bases."""
     lr, strength, equal = chosen["lr"], chosen["strength"], chosen["lr"]["flat"]
     found = []
     for each in sorted({equal, lr["plain"], *(task.lr * times for times in task.grid)}):
         found.append(make_config(task, "plain", 0.0, each))
         found += [make_config(task, "flat", s, each) for s in STRENGTHS["flat"]]
     found += [make_config(task, "plain", 0.0, equal, **control) for control in CONTROLS]
-    if "group" in lr:
-        found += [make_config(task, "group", s, equal) for s in STRENGTHS["group"]]
+    for method in [m for m in ("group", "mixed", "qat") if m in lr]:
+        found += [make_config(task, method, s, equal) for s in STRENGTHS[method]]
     for method in [m for m in STRENGTHS if m in strength and m not in ("plain", "flat", "group")]:
         found += [make_config(task, method, strength[method], each) for each in sorted({equal, lr[method]})]
     for method in ("plain", "flat"):
@@ -284,12 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument(
-        "--methods", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS), help="plain is always among them"
+        "--methods", nargs="+", choices=list(STRENGTHS), default=list(STRENGTHS), help="plain and flat are always among them"
     )
     parser.add_argument(
         "--rows", nargs="+", default=[""], help="rows whose name a regular expression finds; several: one after the other"
     )
     parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long; run again to go on")
     parser.add_argument("--results", type=Path)
@@ -298,13 +301,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     args.results = args.results or HERE / "results" / ("quick" if args.quick else "")
-    seeds, tuning = (range(2), (1000,)) if args.quick else (range(FIRST_SEED, args.seeds), TUNING_SEEDS)
+    seeds, tuning = (range(2), (1000,)) if args.quick else (range(args.first_seed, args.first_seed + args.seeds), TUNING_SEEDS)
     deadline = time.monotonic() + 60 * args.minutes
     for name in args.tasks if not args.report else ():
         store = Store(args.results / f"quantized_{name}.json")
         runner = Runner(name, args, store, deadline)
         try:
-            tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m == "plain"])
+            tune(runner, tuning, [m for m in STRENGTHS if m in args.methods or m in ("plain", "flat")])
             for pattern in args.rows:
                 wanted = [c for c in rows(runner.task, store.chosen) if re.search(pattern, label(c, runner.task.steps))]
                 wanted = [c for c in wanted if c["method"] in (*args.methods, "plain")]

@@ -32,7 +32,7 @@ from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
-DRAWS = ("step", "micro-batch")
+DRAWS = ("step", "micro-batch", "mixed")
 
 
 class FlatPerturbOptimizer(OptimizerWrapper):
@@ -51,7 +51,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     A step, for the loop you have:
 
     1. The first training forward (root module in train mode, gradients enabled) draws ε from (seed, step, weight, rank)
-       and sets W to W + ε. Further micro-batches see the same ε, or with ``draws="micro-batch"`` each its own.
+       and sets W to W + ε. Further micro-batches see the same ε, unless ``draws`` says otherwise.
     2. Forward and backward run at W + ε.
     3. ``step()`` puts W back, bit for bit, then runs the wrapped optimizer, and counts the step.
 
@@ -75,9 +75,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
             again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto,
             fp8, GPTQ, AWQ) always get the last.
-        draws: ``"step"`` (one ε a step) or ``"micro-batch"``: under gradient accumulation each micro-batch has its own ε, so
-            that the step's gradient averages over as many draws, at one more move of W and back a micro-batch. A training
-            forward after a backward begins the next; all graphs of the one before must be done with by then.
+        draws: ``"step"`` (one ε a step), or under gradient accumulation ``"micro-batch"`` (each micro-batch its own ε, so that
+            the step's gradient averages over as many draws; one more move of W and back a micro-batch) or ``"mixed"`` (each
+            odd one its own ε, each even one clean W: the mixture of mARWP, Li et al., 2024, arXiv 2404.00357, with λ = ½; as
+            dear as one ε where there are two). A training forward after a backward begins the next; all graphs of the one
+            before must be done with by then.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
@@ -163,7 +165,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 optimizer.restore()
                 optimizer._draw += 1
 
-        self._doors = Doors(self._weights, perturb, next_draw if self.draws == "micro-batch" else None)
+        self._doors = Doors(self._weights, perturb, None if self.draws == "step" else next_draw)
         weights = self._weights.weights()
         owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
         listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
@@ -283,6 +285,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
+        if self.draws == "mixed" and self._draw % 2:
+            sigmas = (0.0,) * len(sigmas)
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
             self._weights.perturb(NoiseRequest(self._seed, self._step, rank, sigmas, self._draw))
@@ -352,7 +356,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self.restore()
             self._warn_if_unseen(optimizer)
             return None
-        if self.draws == "micro-batch" and self._doors.backward_began:  # Lightning has only the last one in the closure
+        if self.draws != "step" and self._doors.backward_began:  # Lightning has only the last one in the closure
             self.restore()
             self._draw += 1
         first = self._draw
@@ -380,6 +384,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
+        if self.draws == "mixed" and self._drawn and self._draw == 0:
+            self._warn_once(
+                "no clean half",
+                'draws="mixed", but a step had one micro-batch: all of it was noisy, none of it clean. Accumulate over two '
+                'micro-batches or more (halves of the batch), or use draws="step"',
+            )
         self._begin_draw()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))

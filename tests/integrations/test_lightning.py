@@ -80,15 +80,19 @@ def test_it_equals_an_optimizer_wrapped_in_configure_optimizers(tmp_path, accumu
     assert watch.trained == [True] * accumulation + [False] * (BATCHES - accumulation)  # cosine: 0 at first
 
 
-def test_each_micro_batch_may_have_its_own_draw(tmp_path):
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+def test_each_micro_batch_may_have_its_own_draw(tmp_path, draws):
     task, seen = Task(), []
     layer = next(m for m in task.modules() if hasattr(m, "base_layer")).base_layer
+    clean = layer.weight.detach().clone()
     layer.register_forward_pre_hook(lambda m, args: seen.append(m.weight.detach().clone()) if m.training else None)
-    callback = FlatPerturbCallback(sigma=0.2, schedule="constant", draws="micro-batch")
+    callback = FlatPerturbCallback(sigma=0.2, schedule="constant", draws=draws)
     _, watch = fit(tmp_path, callback, task=task, accumulate_grad_batches=4)
-    assert watch.trained == [False] * BATCHES
+    assert watch.trained == [draws == "mixed" and micro % 2 == 1 for micro in range(BATCHES)]
     assert len(seen) == BATCHES
-    assert not any(torch.equal(seen[i], seen[j]) for i in range(BATCHES) for j in range(i))
+    noisy = seen if draws == "micro-batch" else seen[::2]
+    assert not any(torch.equal(a, b) for i, a in enumerate(noisy) for b in (clean, *noisy[:i]))
+    assert draws == "micro-batch" or all(torch.equal(weight, clean) for weight in seen[1::2])
 
 
 def test_sigma_0_is_plain_training(tmp_path):

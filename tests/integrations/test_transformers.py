@@ -125,14 +125,16 @@ def test_it_equals_a_flat_optimizer_given_to_the_trainer(tmp_path, accumulation)
     assert differing(adapter(ours), adapter(plain))
 
 
-def test_each_micro_batch_may_have_its_own_draw(tmp_path):
-    callback, options = FlatPerturbCallback(sigma=SIGMA, draws="micro-batch"), {"gradient_accumulation_steps": 3}
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+def test_each_micro_batch_may_have_its_own_draw(tmp_path, draws):
+    callback, options = FlatPerturbCallback(sigma=SIGMA, draws=draws), {"gradient_accumulation_steps": 3}
     seen = []
 
     class Weights(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
             if not seen:
                 layer = next(m for m in model.modules() if hasattr(m, "base_layer")).base_layer
+                seen.append(bits(layer.weight).clone())
                 layer.register_forward_pre_hook(lambda m, args: seen.append(bits(m.weight).clone()))
 
     model = lora_llama()
@@ -141,6 +143,7 @@ def test_each_micro_batch_may_have_its_own_draw(tmp_path):
     assert len(watch.trained) == STEPS * 3
     last = seen[-3:]
     assert not any(torch.equal(a, b) for a, b in zip(last, last[1:] + last[:1]))
+    assert [torch.equal(weight, seen[0]) for weight in last] == [False, draws == "mixed", False]
     assert differing(adapter(ours), adapter(once))
 
 

@@ -1,5 +1,6 @@
-"""``draws="micro-batch"``: each micro-batch of a step has its own noise, whatever is called between them."""
+"""``draws``: each micro-batch of a step has its own noise, or every second one none, whatever is called between them."""
 
+import contextlib
 import pickle
 
 import pytest
@@ -75,6 +76,45 @@ def test_each_micro_batch_has_the_noise_of_its_number(restore, keys):
         alone.restore()
 
 
+@pytest.mark.parametrize("restore", ["reversible", "copy", "subtract", "forward"])
+def test_every_second_micro_batch_is_clean(restore, keys):
+    """``mixed``: the gradients of the odd ones are those of ``micro-batch``, of the even ones those at W."""
+    found, exact = {}, restore != "subtract"
+    for draws in ("micro-batch", "mixed", None):
+        torch.manual_seed(0)
+        model = lora_mlp()
+        before, found[draws] = frozen(model), []
+        optimizer = wrap(model, draws=draws, restore=restore) if draws else None
+        for micro in range(4):
+            loss_of(model, micro).backward()
+            found[draws].append(gradients(model))
+            model.zero_grad()
+            if draws == "mixed":
+                assert restore in ("forward", "subtract") or bool(changed(model, before)) is (micro % 2 == 0)
+        if optimizer is not None:
+            optimizer.step()
+            assert not changed(model, before) or not exact
+            assert not optimizer.is_perturbed and optimizer.step_count == 1
+    for micro in range(4):
+        expected = found["micro-batch" if micro % 2 == 0 else None][micro]
+        for mine, theirs in zip(found["mixed"][micro], expected):
+            torch.testing.assert_close(mine, theirs, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
+        other = found[None if micro % 2 == 0 else "micro-batch"][micro]
+        assert not all(map(torch.allclose, found["mixed"][micro], other))
+
+
+def test_a_step_without_a_clean_half_is_told_once():
+    model = lora_mlp()
+    optimizer = wrap(model, draws="mixed")
+    for micro in range(2):
+        loss_of(model, micro).backward()
+    optimizer.step()  # says nothing: pytest makes an error of a warning
+    for again in (True, False):
+        loss_of(model).backward()
+        with pytest.warns(UserWarning, match="a step had one micro-batch") if again else contextlib.nullcontext():
+            optimizer.step()
+
+
 def test_the_first_draw_is_that_of_one_draw_a_step(keys):
     assert step_key(1, 2, 3) == step_key(1, 2, 3, 0)
     assert len({step_key(1, 2, 3, draw) for draw in range(100)} | {step_key(1, 23, 0), step_key(1, 2, 31)}) == 102
@@ -100,10 +140,11 @@ def test_forwards_before_one_backward_share_a_draw(keys):
     assert keys == [(0, 0), (0, 1)]
 
 
-def test_readers_between_micro_batches_change_nothing(keys):
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+def test_readers_between_micro_batches_change_nothing(keys, draws):
     torch.manual_seed(0)
     model, clean = lora_mlp(), None
-    optimizer, before = wrap(model), frozen(model)
+    optimizer, before = wrap(model, draws=draws), frozen(model)
     x, _ = batch()
     with torch.no_grad():
         clean = model(x)
@@ -122,8 +163,9 @@ def test_readers_between_micro_batches_change_nothing(keys):
     assert list(dict.fromkeys(keys)) == [(0, 0), (0, 1), (0, 2)]
 
 
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_what_a_checkpoint_runs_again_in_backward_has_the_draw_of_its_forward(keys, reentrant):
+def test_what_a_checkpoint_runs_again_in_backward_has_the_draw_of_its_forward(keys, reentrant, draws):
     class Checkpointed(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -137,7 +179,7 @@ def test_what_a_checkpoint_runs_again_in_backward_has_the_draw_of_its_forward(ke
         torch.manual_seed(0)
         inner = lora_mlp()
         model = wrapped(inner)
-        optimizer = wrap(model)
+        optimizer = wrap(model, draws=draws)
         for micro in range(3):
             loss_of(model, micro).backward()
         results.append(gradients(model))
@@ -180,11 +222,12 @@ def test_each_evaluation_of_a_closure_begins_at_the_first_draw(keys):
     assert not changed(model, before)
 
 
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.LBFGS])
-def test_a_closure_goes_on_from_the_micro_batches_before_it(keys, cls):
+def test_a_closure_goes_on_from_the_micro_batches_before_it(keys, cls, draws):
     """Lightning's way: all micro-batches but the last by themselves, the last one in the closure."""
     model = lora_mlp()
-    optimizer = wrap(model, cls, sigma=0.05)
+    optimizer = wrap(model, cls, sigma=0.05, draws=draws)
     before, losses = frozen(model), []
 
     def closure():
@@ -229,12 +272,13 @@ def test_a_graph_of_the_draw_before_is_refused():
     optimizer.step()
 
 
-def test_a_pickle_keeps_it():
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+def test_a_pickle_keeps_it(draws):
     model = lora_mlp()
-    optimizer = pickle.loads(pickle.dumps(wrap(model)))
-    assert optimizer.draws == "micro-batch"
+    optimizer = pickle.loads(pickle.dumps(wrap(model, draws=draws)))
+    assert optimizer.draws == draws
 
 
 def test_other_values_are_refused():
-    with pytest.raises(ValueError, match="draws must be one of step, micro-batch, got 'antithetic'"):
+    with pytest.raises(ValueError, match="draws must be one of step, micro-batch, mixed, got 'antithetic'"):
         wrap(lora_mlp(), draws="antithetic")

@@ -301,7 +301,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     args.results = args.results or HERE / "results" / ("quick" if args.quick else "")
-    seeds, tuning = (range(2), (1000,)) if args.quick else (range(args.first_seed, args.first_seed + args.seeds), TUNING_SEEDS)
+    seeds, tuning = range(args.first_seed, args.first_seed + args.seeds), TUNING_SEEDS
+    if args.quick:
+        seeds, tuning = range(2), (1000,)
     deadline = time.monotonic() + 60 * args.minutes
     for name in args.tasks if not args.report else ():
         store = Store(args.results / f"quantized_{name}.json")

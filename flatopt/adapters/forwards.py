@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..core.sharding import is_sharded
 from ..core.weight import AdaptedWeight
+from ..ops.norms import NOISES
 from .quantized import Format, format_of, shape_of
 
 PLAIN = {
@@ -48,6 +49,8 @@ def unsupported_reason(weight: AdaptedWeight, noise: str = "filter") -> "str | N
     computed = computes(owner, form)
     if computed is None:
         return f"flatopt does not know what {type(owner).__name__}.forward does with it. {instead}"
+    if noise not in NOISES:
+        return f"noise={noise!r} moves the weight itself, between forwards. {instead}"
     if noise == "element" and computed == "linear, inside":
         return "noise='element' follows |W|, which this layer keeps to itself. Use noise='filter'"
     magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})

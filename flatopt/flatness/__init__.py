@@ -8,10 +8,11 @@ gives the same random directions, so that models of one architecture are compare
 A flat minimum need not generalise better (Andriushchenko et al., ICML 2023): these figures describe, they prove nothing.
 """
 
+from ..ops.rounding import rounding
 from .hessian import TopEigenvalue, hessian_top_eigenvalue, hessian_trace
 from .landscape import Curve, Surface, loss_curve, loss_surface
 from .plots import plot_contours, plot_curves, plot_range_test, plot_surfaces
-from .quantization import QuantizationTest, Rounded, quantization_test, rounding
+from .quantization import QuantizationTest, Rounded, quantization_test
 from .range_test import RangeTest, sigma_range_test
 from .sharpness import Estimate, WorstCase, expected_sharpness, worst_case_sharpness
 

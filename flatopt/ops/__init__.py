@@ -5,9 +5,11 @@ from .constants import writing
 from .fingerprint import fingerprint
 from .noise import Key, normals, step_key, sub_key
 from .norms import NOISES, row_square_sums, square_sums
+from .rounding import FORMAT
 
 __all__ = [
     "BACKENDS",
+    "FORMAT",
     "NOISES",
     "RESTORES",
     "Backend",

@@ -6,11 +6,13 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..core.sharding import is_sharded
 from ..core.weight import WeightView
 from .fingerprint import Flags, checksum
 from .noise import Key, normals_of_rows, row_keys, weight_key
-from .norms import rows_of, standard_deviations
+from .norms import NOISES, rows_of, standard_deviations
 from .reversible import BITS, Grid, grid, toggled, toggled_elements
+from .rounding import to_rounded
 from .scratch import Scratch
 
 CHUNK = 1 << 18  # elements worked on at a time on a CPU: the temporaries stay in cache, and small
@@ -60,6 +62,8 @@ class TorchBackend:
 
     def supports(self, view: WeightView, noise: str) -> str | None:
         dtype = rows_of(view).dtype
+        if noise not in NOISES and is_sharded(view.weight.parameter):
+            return f"noise={noise!r} needs whole rows, and the weight is sharded"
         return None if dtype in BITS else f"{dtype} is not fp32, bf16, fp16 or fp64"
 
     def plan(self, views: list[WeightView], noise: str, restore: str, group: Sequence[WeightView]) -> "TorchPlan":
@@ -87,6 +91,7 @@ class TorchPlan:
         self._written: set[int] = set()
         self._flags: Flags | None = None
         self._row_keys: tuple[Key, int, tuple[Tensor, Tensor]] | None = None  # of the weight at work
+        self._to_rounded: tuple[int, Tensor] | None = None  # likewise
 
     def fill_std(self, sigma: float) -> None:
         self._demand_clean("fill_std()")
@@ -98,7 +103,7 @@ class TorchPlan:
         ]
         self._sums, self._clean, self._stds, self._grids = [None] * len(self._pieces), [], [], []
         self._sigma = sigma
-        if self._noise != "element":
+        if self._noise in NOISES and self._noise != "element":
             self._stds = standard_deviations(self.views, self._noise, sigma, self._group)
         if self._restore == "reversible":
             stds = self._stds or [torch.tensor([[sigma]], dtype=torch.float32, device=self._device)] * len(self.views)
@@ -136,7 +141,7 @@ class TorchPlan:
 
     def release(self) -> None:
         self._demand_clean("release()")
-        self._stds, self._grids, self._clean, self._row_keys = [], [], [], None
+        self._stds, self._grids, self._clean, self._row_keys, self._to_rounded = [], [], [], None, None
 
     def _demand_clean(self, what: str) -> None:
         if self._journal != Journal():
@@ -198,6 +203,8 @@ class TorchPlan:
     def _moved(self, bits: Tensor, piece: Piece, sign: int, scratch: Scratch) -> Tensor:
         """The new bits of a piece, in memory of their own: with the noise on them, or (``sign`` -1) off them."""
         number, top, left = piece
+        if self._noise not in NOISES:
+            return self._rounded(bits, piece, scratch)
         if self._row_keys is None or self._row_keys[:2] != (self._key, number):
             view = self.views[number]
             keys = row_keys(weight_key(self._key, view.index), rows_of(view).shape[0], self._device, view.first_row)
@@ -220,6 +227,15 @@ class TorchPlan:
             std = self._stds[number]
             std = std if len(std) == 1 and std.shape[1] == 1 else std[top] if std.shape[1] == 1 else std[top, left]
         w.add_(z.to(work).mul_(std), alpha=sign)
+        return w if work == bits.dtype else scratch("rounded", bits.shape, bits.dtype, self._device).copy_(w)
+
+    def _rounded(self, bits: Tensor, piece: Piece, scratch: Scratch) -> Tensor:
+        """W, sigma of the way to where the merged weight is the rounded one."""
+        number, top, left = piece
+        if self._to_rounded is None or self._to_rounded[0] != number:
+            self._to_rounded = number, to_rounded(self.views[number], self._clean[number], self._noise)
+        work = torch.promote_types(bits.dtype, torch.float32)
+        w = scratch("w", bits.shape, work, self._device).copy_(bits).add_(self._to_rounded[1][top, left], alpha=self._sigma)
         return w if work == bits.dtype else scratch("rounded", bits.shape, bits.dtype, self._device).copy_(w)
 
     def _sum(self, bits: Tensor) -> "int | Tensor":

@@ -20,7 +20,7 @@ from ..adapters.registry import as_plain_data, find_weights, from_plain_data
 from ..core.arguments import is_number, is_whole
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
-from ..ops import NOISES
+from ..ops import FORMAT, NOISES
 from ..perturbation.doors import Doors
 from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
@@ -69,17 +69,21 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         schedule: ``"cosine"`` (0 → σ, the paper's), ``"linear"`` (0 → σ), ``"constant"``, or a callable from progress in
             [0, 1] to a factor on σ. Past the end the factor stays at its last value.
         noise: ``"filter"`` (above), ``"layer"`` (one std a weight: σ × its rms), ``"isotropic"`` (one std for all weights
-            of the group), ``"element"`` (std σ|W|, the paper's Appendix C).
+            of the group), ``"element"`` (std σ|W|, the paper's Appendix C). Or a format that the merged model will be served
+            in, as :func:`flatopt.flatness.rounding` reads it (``"int4/32"``, ``"nf4/64"``): no noise, W moves by
+            :math:`\sigma_t (Q(W + sBA) - (W + sBA))`, so that for σ = 1 the model runs as rounded and the gradient goes
+            straight through (quantisation-aware training). Use ``sigma=1, schedule="constant", draws="mixed"``; it needs
+            ``restore="copy"``.
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
             for comparison), ``"forward"`` (W is never written to: the layers' own forward computes with W + ε and makes ε
             again in backward, :mod:`flatopt.perturbation.forward`). Quantised weights (bitsandbytes, torchao, HQQ, quanto,
             fp8, GPTQ, AWQ) always get the last.
-        draws: ``"step"`` (one ε a step), or under gradient accumulation ``"micro-batch"`` (each micro-batch its own ε, so that
-            the step's gradient averages over as many draws; one more move of W and back a micro-batch) or ``"mixed"`` (each
-            odd one its own ε, each even one clean W: the mixture of mARWP, Li et al., 2024, arXiv 2404.00357, with λ = ½; as
-            dear as one ε where there are two). A training forward after a backward begins the next; all graphs of the one
-            before must be done with by then.
+        draws: ``"step"`` (one ε a step), or under gradient accumulation ``"micro-batch"`` (each micro-batch its own ε, so
+            that the step's gradient averages over as many draws; one more move of W and back a micro-batch) or ``"mixed"``
+            (the first, third, ... its own ε each, the others clean W: the mixture of mARWP, Li et al., 2024, arXiv
+            2404.00357, with λ = ½; with two, as dear as ``"step"``). A training forward after a backward begins the next
+            micro-batch; all graphs of the one before must be done with by then.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
@@ -126,11 +130,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
         self._seed, self._step, self._draw, self.draws = int(seed), 0, 0, draws
         self.total_steps, self.shared = total_steps, shared
+        self._told: set[str] = set()
         self.perturb_groups, self._roots = read_groups(targets, defaults)
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
         for group in self.perturb_groups:
             check_group(group)
-            if group["sigma"] > 1:
+            if group["noise"] not in NOISES:
+                self._check_rounding(group)
+            elif group["sigma"] > 1:
                 warn_user(
                     f"sigma={group['sigma']:g} is noise larger than the weights themselves: sigma is a share of their rms, "
                     ".05 for a large model, .5 for a tiny one"
@@ -140,7 +147,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
         refuse_overlapping(weights)
-        self._told: set[str] = set()
         self._drawn, self._parts = False, set[int]()
         self._adopt(self.innermost.param_groups)
         if seed != 0:  # not the default
@@ -513,6 +519,26 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             )
         return "\n".join(["FlatPerturbOptimizer (", *lines, f"  {self.optimizer!r}", ")"])
 
+    def _check_rounding(self, group: "dict[str, Any]") -> None:
+        if group["sigma"] > 1:
+            raise ValueError(
+                f"sigma={group['sigma']:g}, but noise={group['noise']!r} goes sigma of the way to the rounded weights: give "
+                "at most 1"
+            )
+        if 0 < group["sigma"] < 0.5:
+            self._warn_once(
+                "a short way",
+                f"sigma={group['sigma']:g} goes that share of the way to the weights rounded to {group['noise']}: pass "
+                "sigma=1 to train at the rounded ones",
+            )
+        if self.draws != "mixed":
+            self._warn_once(
+                "rounded alone",
+                f"noise={group['noise']!r} in every forward fits the model to the rounded weights alone: it lost 11 to 36 "
+                "points at full precision where we measured it. Accumulate over two micro-batches or more and pass "
+                "draws='mixed', which leaves every second one at clean weights",
+            )
+
     # --- what is said once ------------------------------------------------------------------------------------------
 
     def _warn_once(self, subject: str, text: str) -> None:
@@ -661,7 +687,17 @@ def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None
             "total_steps=epochs * len(loader) // accumulation, set optimizer.total_steps before the first forward, or use "
             "schedule='constant'"
         )
-    if group["noise"] not in NOISES:
-        raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {group['noise']!r}")
-    if group["restore"] not in list(RESTORES):
-        raise ValueError(f"restore must be one of {', '.join(RESTORES)}, got {group['restore']!r}")
+    noise, restore = group["noise"], group["restore"]
+    if restore not in list(RESTORES):
+        raise ValueError(f"restore must be one of {', '.join(RESTORES)}, got {restore!r}")
+    if noise in NOISES:
+        return
+    if not (isinstance(noise, str) and FORMAT.fullmatch(noise)):
+        raise ValueError(
+            f"noise must be one of {', '.join(NOISES)}, or a format to round to such as 'int4/32' or 'nf4/64', got {noise!r}"
+        )
+    if restore != "copy":
+        raise ValueError(
+            f"noise={noise!r} rounds the weights, from which they cannot be had back: pass restore='copy', which keeps a "
+            "clean copy of each"
+        )

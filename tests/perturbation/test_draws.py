@@ -94,7 +94,8 @@ def test_every_second_micro_batch_is_clean(restore, keys):
         if optimizer is not None:
             optimizer.step()
             assert not changed(model, before) or not exact
-            assert not optimizer.is_perturbed and optimizer.step_count == 1
+            assert not optimizer.is_perturbed
+            assert optimizer.step_count == 1
     for micro in range(4):
         expected = found["micro-batch" if micro % 2 == 0 else None][micro]
         for mine, theirs in zip(found["mixed"][micro], expected):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...core.weight import WeightView
-from ..norms import rows_of
+from ..norms import NOISES, rows_of
 
 if TYPE_CHECKING:
     from ..backend import Plan
@@ -30,8 +30,8 @@ class TritonBackend:
         device, dtype = rows.device, rows.dtype
         if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"{device.type} is no CUDA device"
-        if noise == "element":
-            return "noise='element' has a scale for each element"
+        if noise == "element" or noise not in NOISES:
+            return f"noise={noise!r} goes by each element"
         if dtype not in DTYPES:
             return f"{dtype} is not fp32, bf16 or fp16"
         if dtype == torch.bfloat16 and device.type == "cuda" and torch.version.cuda and not _has_bf16(device):

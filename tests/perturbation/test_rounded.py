@@ -1,0 +1,194 @@
+"""``noise="int4"`` and other formats: a training forward runs at the merged weight rounded as it will be served."""
+
+import copy
+
+import pytest
+import torch
+from helpers import batch, bits, changed, frozen, lora_mlp, on_every_device, trainable
+from torch import nn
+
+from flatopt import FlatPerturbOptimizer
+from flatopt.flatness import rounding
+
+FORMATS = ["int8", "int4", "int4/32", "int3/5", "uint4/8", "nf4/64"]
+
+
+class Layers(nn.Module):
+    """A layer of each kind, with a fan-in that no group divides."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.conv, self.linear = nn.Embedding(11, 12), nn.Conv2d(3, 6, 2), nn.Linear(36, 7)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens).view(len(tokens), 3, 2, -1)
+        return self.linear(torch.tanh(self.conv(nn.functional.pad(x, (0, 0, 0, 1)))).flatten(1))
+
+
+def lora_layers(dtype=torch.float32):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = Layers()
+    targets = ["embedding", "conv", "linear"]
+    return get_peft_model(model, LoraConfig(r=3, target_modules=targets, init_lora_weights=False)).to(dtype)
+
+
+def tokens():
+    return torch.randint(11, (5, 2), generator=torch.Generator().manual_seed(1))
+
+
+def wrap(model, noise="int4", cls=torch.optim.SGD, **options):
+    options = {"sigma": 1.0, "schedule": "constant", "restore": "copy", "draws": "mixed", **options}
+    return FlatPerturbOptimizer(cls(trainable(model), lr=0.1), model, noise=noise, **options)
+
+
+def served(model, form):
+    """A copy with the adapters merged and the weights rounded."""
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        for module in merged.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                w = module.weight
+                w.copy_(rounding(form)(w.float().flatten(1)).view_as(w))
+            elif isinstance(module, nn.Embedding):  # its outputs are the columns
+                module.weight.copy_(rounding(form)(module.weight.float()).view_as(module.weight))
+    return merged
+
+
+@on_every_device
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_training_forward_is_that_of_the_served_model(form, device):
+    model = lora_layers().to(device)
+    x = tokens().to(device)
+    expected = served(model, form)(x)
+    optimizer, before = wrap(model, form), frozen(model)
+    out = model(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), expected, atol=1e-4) or form == "int8"  # a reader's is clean
+    out.sum().backward()
+    model(x).sum().backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_half_a_way():
+    model = lora_layers()
+    layer = model.base_model.model.linear
+    clean = layer.base_layer.weight.detach().clone()
+    merged = clean + layer.get_delta_weight("default").detach()
+    optimizer = wrap(model, sigma=0.5)
+    optimizer.perturb()
+    moved = layer.base_layer.weight.detach() - clean
+    torch.testing.assert_close(moved, 0.5 * (rounding("int4")(merged) - merged), rtol=1e-4, atol=1e-6)
+    optimizer.restore()
+    assert torch.equal(bits(layer.base_layer.weight), bits(clean))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    model = lora_mlp(dtype)
+    optimizer, before = wrap(model), frozen(model)
+    layer = model.base_model.model.second
+    A, B = layer.lora_A["default"].weight.detach().float(), layer.lora_B["default"].weight.detach().float()
+    delta = layer.scaling["default"] * (B @ A)
+    # not of what merge() gives: that is rounded to the dtype first, and so now and then to another level
+    wanted = rounding("int4")(layer.base_layer.weight.detach().float() + delta)
+    optimizer.perturb()
+    ulp = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
+    torch.testing.assert_close(layer.base_layer.weight.detach().float() + delta, wanted, rtol=2 * ulp, atol=2 * ulp)
+    optimizer.restore()
+    assert not changed(model, before)
+
+
+def test_the_gradient_goes_straight_through():
+    """To A and B as if W stood at the rounded weight less the update; and every second micro-batch at clean W."""
+    torch.manual_seed(0)
+    model = lora_mlp()
+    x, y = batch()
+
+    def gradients():
+        nn.functional.cross_entropy(model(x), y).backward()
+        found = [p.grad.clone() for p in trainable(model)]
+        model.zero_grad()
+        return found
+
+    plain = gradients()
+    with torch.no_grad():
+        before = frozen(model)
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight"):
+                delta = module.get_delta_weight("default")
+                w = module.base_layer.weight
+                w.copy_(rounding("nf4/8")(w + delta) - delta)
+    expected = gradients()
+    model.load_state_dict(before, strict=False)
+    optimizer = wrap(model, "nf4/8")
+    for mine, theirs in zip(gradients(), expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for mine, theirs in zip(gradients(), plain):
+        assert torch.equal(mine, theirs)
+    optimizer.step()
+    assert not changed(model, before)
+
+
+def test_it_is_the_studys():
+    """What the study measured as quantisation-aware training moves W to the same place."""
+    from types import SimpleNamespace
+
+    from benchmarks.quantized.methods import Lora
+    from benchmarks.quantized.rivals import at_rounded
+
+    model = lora_mlp()
+    layers = [Lora(module) for module in model.modules() if hasattr(module, "lora_A")]
+    _, offsets = at_rounded(SimpleNamespace(layers=layers), {"strength": 0.5}, 0, None)
+    clean = [layer.rows.clone() for layer in layers]
+    optimizer = wrap(model)
+    optimizer.perturb()
+    for layer, before, offset in zip(layers, clean, offsets):
+        torch.testing.assert_close(layer.rows, before + offset, rtol=1e-5, atol=1e-6)
+    optimizer.restore()
+
+
+def test_a_closure_rounds_where_the_adapter_is():
+    model = lora_mlp()
+    x, y = batch()
+    optimizer, before = wrap(model, cls=torch.optim.LBFGS), frozen(model)
+
+    def closure():
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            total += loss.item()
+        return torch.tensor(total)
+
+    optimizer.step(closure)
+    assert not changed(model, before)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="pass restore='copy'"):
+        wrap(lora_mlp(), restore="reversible")
+    with pytest.raises(ValueError, match="pass restore='copy'"):
+        wrap(lora_mlp(), restore="forward")
+    with pytest.raises(ValueError, match="at most 1"):
+        wrap(lora_mlp(), sigma=1.5)
+    for name in ("int9", "int4/0", "nf3", 4):
+        with pytest.raises(ValueError, match="or a format to round to"):
+            wrap(lora_mlp(), name)
+    model = lora_mlp(use_dora=True)
+    optimizer, before = wrap(model), frozen(model)
+    with pytest.raises(ValueError, match=r"cannot round .*rescales"):
+        model(batch()[0])
+    assert not optimizer.is_perturbed
+    assert not changed(model, before)
+
+
+def test_what_is_likely_a_mistake_is_told():
+    with pytest.warns(UserWarning, match="pass sigma=1"):
+        wrap(lora_mlp(), sigma=0.05)
+    with pytest.warns(UserWarning, match="draws='mixed'"):
+        wrap(lora_mlp(), draws="step")

@@ -232,6 +232,27 @@ def flat(trainer, optimizer, config, seed):
     return step
 
 
+def rounded(trainer, optimizer, config, seed):
+    """The library's: one half of each batch at clean W, one where the merged weight is that of ``config["form"]``."""
+    gradient = trainer.gradient(parts=2)
+    wrapped = flatopt.FlatPerturbOptimizer(
+        optimizer, trainer.model, sigma=1, schedule="constant", noise=config["form"], restore="copy", draws="mixed"
+    )
+
+    def step(_, batch):
+        half, sums = len(batch[0]) // 2, [torch.zeros_like(p) for p in trainer.parameters]
+        wrapped.perturb()
+        for part in (slice(half), slice(half, 2 * half)):
+            gradient(tuple(t[part] for t in batch))  # a replayed graph calls no hooks
+            sums = torch._foreach_add(sums, [p.grad for p in trainer.parameters], alpha=0.5)
+            wrapped.restore()
+        for p, total in zip(trainer.parameters, sums):
+            p.grad = total
+        wrapped.step()
+
+    return step
+
+
 def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator) -> Tensor:
     """Uniform over one rounding step of a symmetric format, max|W'| / (2^(bits-1) - 1) in each group of ``group`` inputs."""
     rows, fan_in = merged.shape
@@ -271,4 +292,11 @@ def sam(space: str):
     return make
 
 
-METHOD = {"plain": plain, "flat": flat, "group": group, "sam-adapter": sam("adapter"), "sam-full": sam("full")}
+METHOD = {
+    "plain": plain,
+    "flat": flat,
+    "group": group,
+    "rounded": rounded,
+    "sam-adapter": sam("adapter"),
+    "sam-full": sam("full"),
+}

@@ -1,6 +1,6 @@
 """Training through the rounding to one format (``noise="int4/32"``), judged in that one and in others, beside noise.
 
-    python -m benchmarks.quantized.formats                  # EfficientNet, eight seeds, half an hour on two cores
+    python -m benchmarks.quantized.formats                       # EfficientNet, eight seeds, 20 minutes on two cores
     python -m benchmarks.quantized.formats --seeds 2 --steps 4    # a look
 
 At the learning rate and σ that ``quantized_efficientnet.json`` chose for the noise. Resumes where it stopped.

@@ -116,6 +116,7 @@ class TorchPlan:
         if key != self._key:
             self._demand_clean("perturbing with another key")
             self._key, self._sums = key, [None] * len(self._pieces)
+        self._to_rounded = None  # between a closure's evaluations the adapter moves
         if self._restore == "copy" and not self._clean:
             self._clean = [rows_of(view).clone() for view in self.views]
         if self._restore == "subtract" and not self._stds:

@@ -8,7 +8,7 @@ from helpers import Mlp, batch
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("peft")
-from benchmarks.quantized import report, study
+from benchmarks.quantized import methods, report, study
 from benchmarks.quantized.methods import METHOD, Trainer, group_noise
 from benchmarks.quantized.rivals import RIVALS, noise_of
 
@@ -41,7 +41,7 @@ def trainer():
 @pytest.mark.parametrize("method", [*METHOD, *RIVALS])
 def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
     clean = [layer.rows.clone() for layer in trainer.layers]
-    config = study.make_config(trainer.task, method, study.MIDDLE[method], 1e-2)
+    config = study.make_config(trainer.task, method, study.MIDDLE.get(method, 1.0), 1e-2, form="int4")
     trainer.run(config, 3)
     first = [p.detach().clone() for p in trainer.parameters]
     assert all(torch.equal(w, layer.rows) for w, layer in zip(clean, trainer.layers))
@@ -53,9 +53,28 @@ def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
 def test_methods_at_strength_0_are_plain(trainer):
     trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
     plain = [p.detach().clone() for p in trainer.parameters]
-    for method in [*METHOD, *RIVALS]:
+    for method in {*METHOD, *RIVALS} - {"qat", "rounded"}:  # these round whole weights
         trainer.run(study.make_config(trainer.task, method, 0.0, 1e-2), 3)
         assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(plain, trainer.parameters)), method
+
+
+def test_the_library_trains_through_a_format_as_the_study_does(trainer):
+    """Apart from which half of a batch is the rounded one."""
+    found = []
+    for method, config in (("qat", {}), ("rounded", {"form": "int4"})):
+        data = trainer.task.train
+
+        def halves_exchanged(seed, data=data):
+            return tuple(torch.cat([t[2:4], t[:2], t[4:]]) for t in data(seed))
+
+        trainer.task.train = data if method == "qat" else halves_exchanged
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(methods, "indices", lambda size, steps, batch, seed: [torch.arange(4)] * steps)
+            trainer.run(study.make_config(trainer.task, method, 0.5, 1e-2, **config), 3)
+        trainer.task.train = data
+        found.append([p.detach().clone() for p in trainer.parameters])
+    for theirs, ours in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_group_noise_has_the_std_of_rounding():
@@ -95,8 +114,8 @@ def test_measured_runs_are_stored_and_reported(trainer, tmp_path, monkeypatch):
 
 def test_filter_noise_has_the_std_of_eq_7(trainer):
     trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
-    generator = torch.Generator().manual_seed(0)
-    for layer, *draws in zip(trainer.layers, *(noise_of(trainer, 0.1, generator) for _ in range(400))):
+    generator, config = torch.Generator().manual_seed(0), {"strength": 0.1, "steps": 1}
+    for layer, *draws in zip(trainer.layers, *(noise_of(trainer, config, 1, generator) for _ in range(400))):
         std = 0.1 * layer.merged().norm(dim=1) / layer.rows.shape[1] ** 0.5
         torch.testing.assert_close(torch.stack(draws).std((0, 2)), std, rtol=0.1, atol=0)
 

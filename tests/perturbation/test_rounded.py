@@ -151,21 +151,32 @@ def test_it_is_the_studys():
     optimizer.restore()
 
 
-def test_a_closure_rounds_where_the_adapter_is():
-    model = lora_mlp()
+@pytest.mark.filterwarnings("ignore:noise='int4' in every forward")
+@pytest.mark.parametrize("draws", ["step", "mixed"])
+@pytest.mark.parametrize("targets", [["second"], ["first", "second", "head"]])
+def test_a_closure_rounds_where_the_adapter_is(targets, draws):
+    model = lora_mlp(target_modules=targets)
+    layer = model.base_model.model.second
     x, y = batch()
-    optimizer, before = wrap(model, cls=torch.optim.LBFGS), frozen(model)
+    optimizer, before = wrap(model, cls=torch.optim.LBFGS, draws=draws), frozen(model)
+    clean, deltas = layer.base_layer.weight.detach().clone(), []
 
     def closure():
         optimizer.zero_grad()
         total = 0.0
-        for _ in range(2):
+        for micro in range(2):
             loss = nn.functional.cross_entropy(model(x), y)
+            delta, stands = layer.get_delta_weight("default").detach(), layer.base_layer.weight.detach()
+            expected = clean if micro and draws == "mixed" else rounding("int4")(clean + delta) - delta
+            torch.testing.assert_close(stands, expected, rtol=1e-5, atol=1e-6 * max(1.0, delta.abs().max().item()))
+            deltas.append(delta)
             loss.backward()
             total += loss.item()
         return torch.tensor(total)
 
     optimizer.step(closure)
+    assert len(deltas) > 2
+    assert not torch.equal(deltas[0], deltas[-1])
     assert not changed(model, before)
 
 

@@ -24,6 +24,8 @@ NF4 = (
 def to_rounded(view: WeightView, clean: Tensor, form: str) -> Tensor:
     """What takes a weight's ``clean`` rows to where the *merged* weight is the rounded one: Q(W + sBA) - (W + sBA), float32.
 
+    A row with inf or NaN stays where it is.
+
     Raises:
         ValueError: for an adapter that rescales W (DoRA), whose merged weight is not W and something added.
     """
@@ -39,7 +41,8 @@ def to_rounded(view: WeightView, clean: Tensor, form: str) -> Tensor:
         merged += scaling * (B.detach().float() @ A.detach().float())
     if update.dense is not None:
         merged += update.dense.detach()
-    return rounding(form)(merged).sub_(merged)
+    offset = rounding(form)(merged).sub_(merged)
+    return torch.where(merged.isfinite().all(1, keepdim=True), offset, 0.0)
 
 
 def rounding(name: str) -> Rounding:

@@ -49,8 +49,9 @@ class Run:
         self.owners = [m for m in self.model.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
         self.exact = restore != "subtract"
         inner = torch.optim.SGD(trainable(self.model), lr=0.0)
+        options = {"sigma": 1.0, "draws": "mixed"} if noise == "int4" else {"sigma": 0.3}
         self.optimizer = FlatPerturbOptimizer(
-            inner, self.model, sigma=0.3, schedule="constant", restore=restore, noise=noise
+            inner, self.model, schedule="constant", restore=restore, noise=noise, **options
         )
         self.weights = [owner.weight.detach().clone() for owner in self.owners]
         self.clean = self.effective()
@@ -147,10 +148,11 @@ def test_an_exception_at_any_operation(restore, move, when):
     assert restore == "forward" or count > 1
 
 
-@pytest.mark.parametrize("noise", ["layer", "isotropic", "element"])
+@pytest.mark.filterwarnings("ignore:draws=.mixed., but a step had one micro-batch")
+@pytest.mark.parametrize("noise", ["layer", "isotropic", "element", "int4"])
 def test_every_kind_of_noise(noise):
-    run = Run("reversible", noise)
-    for move in ("perturb", "restore"):
+    run = Run("copy" if noise == "int4" else "reversible", noise)
+    for move in ("perturb", "restore", "suspend", "resume"):
         for k in faults(run, move, lambda k: RaiseAt(k, "after"), stride=7):
             run.check_after_a_fault(k)
 

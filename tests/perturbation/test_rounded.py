@@ -180,6 +180,27 @@ def test_a_closure_rounds_where_the_adapter_is(targets, draws):
     assert not changed(model, before)
 
 
+def test_a_row_that_is_not_finite_stays():
+    w = nn.Parameter(
+        torch.tensor([[1.0, float("nan"), 2.0], [0.3, 1.0, -1.0], [1.0, 2.0, float("inf")]]), requires_grad=False
+    )
+    before, adapter = w.detach().clone(), nn.Parameter(torch.zeros(2))
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD([adapter], lr=0.1),
+        [{"params": [w]}],
+        noise="int4",
+        sigma=1,
+        schedule="constant",
+        draws="mixed",
+        restore="copy",
+    )
+    optimizer.perturb()
+    assert torch.equal(bits(w[0::2]), bits(before[0::2]))
+    torch.testing.assert_close(w[1], rounding("int4")(before[1:2])[0])
+    optimizer.restore()
+    assert torch.equal(bits(w), bits(before))
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="pass restore='copy'"):
         wrap(lora_mlp(), restore="reversible")

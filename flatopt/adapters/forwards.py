@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.arguments import NOISES
 from ..core.sharding import is_sharded
 from ..core.weight import AdaptedWeight
-from ..ops.norms import NOISES
 from .quantized import Format, format_of, shape_of
 
 PLAIN = {

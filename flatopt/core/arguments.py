@@ -1,8 +1,10 @@
-"""Numbers that a user gives: a boolean is none, though Python counts it among them."""
+"""What a user gives: numbers (a boolean is none, though Python counts it among them), and the names of noise."""
 
 import math
 from numbers import Real
 from typing import Any
+
+NOISES = ("filter", "layer", "isotropic", "element")  # what shares a standard deviation; any other name is a format
 
 
 def is_number(value: Any) -> bool:

@@ -1,10 +1,11 @@
 """The arithmetic: noise from keys, standard deviations, the map that takes itself off, and the backends that write to W."""
 
+from ..core.arguments import NOISES
 from .backend import BACKENDS, RESTORES, Backend, Plan, plan
 from .constants import writing
 from .fingerprint import fingerprint
 from .noise import Key, normals, step_key, sub_key
-from .norms import NOISES, row_square_sums, square_sums
+from .norms import row_square_sums, square_sums
 from .rounding import FORMAT
 
 __all__ = [

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..core.sharding import summed_over_shards
 from ..core.weight import WeightUpdate, WeightView
 
-NOISES = ("filter", "layer", "isotropic", "element")
 CHUNK = 1 << 20  # elements of W in float32 at a time
 
 

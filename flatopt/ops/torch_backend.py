@@ -6,11 +6,12 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..core.arguments import NOISES
 from ..core.sharding import is_sharded
 from ..core.weight import WeightView
 from .fingerprint import Flags, checksum
 from .noise import Key, normals_of_rows, row_keys, weight_key
-from .norms import NOISES, rows_of, standard_deviations
+from .norms import rows_of, standard_deviations
 from .reversible import BITS, Grid, grid, toggled, toggled_elements
 from .rounding import to_rounded
 from .scratch import Scratch

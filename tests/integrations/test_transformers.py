@@ -147,6 +147,20 @@ def test_each_micro_batch_may_have_its_own_draw(tmp_path, draws):
     assert differing(adapter(ours), adapter(once))
 
 
+def test_half_of_each_step_may_train_through_a_format(tmp_path):
+    options = {"sigma": 1.0, "schedule": "constant", "draws": "mixed", "restore": "copy"}
+    model = lora_llama()
+    layer = next(m for m in model.modules() if hasattr(m, "base_layer"))
+    clean, seen = layer.base_layer.weight.detach().clone(), []
+    layer.base_layer.register_forward_pre_hook(lambda m, args: seen.append(m.weight.detach().clone()))
+    ours, _ = train(tmp_path, FlatPerturbCallback(noise="int4/32", **options), model=model, gradient_accumulation_steps=2)
+    assert len(seen) == STEPS * 2
+    assert [torch.equal(weight, clean) for weight in seen] == [False, True] * STEPS
+    assert torch.equal(layer.base_layer.weight.detach(), clean)
+    plain, _ = train(tmp_path, None, gradient_accumulation_steps=2)
+    assert differing(adapter(ours), adapter(plain))
+
+
 def test_sigma_0_is_plain_training_and_nothing_is_left_behind(tmp_path):
     plain, _ = train(tmp_path / "plain", None)
     model = lora_llama()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...core.arguments import NOISES
 from ...core.weight import WeightView
-from ..norms import NOISES, rows_of
+from ..norms import rows_of
 
 if TYPE_CHECKING:
     from ..backend import Plan

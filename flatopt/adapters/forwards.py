@@ -59,5 +59,17 @@ def unsupported_reason(weight: AdaptedWeight, noise: str = "filter") -> "str | N
     return None
 
 
+def why_not_rounded(weight: AdaptedWeight) -> "str | None":
+    """Why the served weight is not W and what the adapter adds, rounded; None if it is."""
+    layer: Any = weight.layer
+    if any(name in getattr(layer, "lora_magnitude_vector", {}) for name in _active(layer)):
+        return "its adapter rescales W + sBA (DoRA), so that the sum is not what is served. Train LoRA without use_dora"
+    if any(type(variant).__name__.startswith("ALora") for variant in getattr(layer, "lora_variant", {}).values()):
+        return "its adapter works on some of the tokens (aLoRA) and is not merged. Train plain LoRA"
+    if weight.rebuilt:
+        return "PEFT's LoRA on nn.MultiheadAttention applies and merges other weights than it tells. Leave that layer out"
+    return None
+
+
 def _active(layer: Any) -> "list[str]":
     return list(getattr(layer, "active_adapters", ()))

@@ -169,7 +169,8 @@ class TorchPlan:
         perturbed = self._moved(source, piece, 1, scratch)
         sums = Sums(sum_found, self._sum(perturbed))
         if known is not None:
-            again = sum_found == known.perturbed
+            # where nothing moved, clean bits are no sign of it: a closure's adapter may have moved since
+            again = (sum_found == known.perturbed) & (known.perturbed != known.clean)
             perturbed = _choose(again, found, perturbed)
             sums = Sums(_choose(again, known.clean, sums.clean), _choose(again, known.perturbed, sums.perturbed))
         self._sums[number] = sums

@@ -13,9 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
 from ..adapters.checks import check, check_lasting
-from ..adapters.forwards import unsupported_reason
+from ..adapters.forwards import unsupported_reason, why_not_rounded
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
+from ..adapters.raw import RAW
 from ..adapters.registry import as_plain_data, find_weights, from_plain_data
 from ..core.arguments import is_number, is_whole
 from ..core.warn import warn_user
@@ -146,6 +147,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
+        if draws == "mixed" and any(weight.adapter is RAW for weight in weights):
+            raise ValueError(
+                "draws='mixed' with raw parameters as targets: they have no forward that begins a micro-batch. Give the "
+                "modules that hold them"
+            )
         refuse_overlapping(weights)
         self._drawn, self._parts = False, set[int]()
         self._adopt(self.innermost.param_groups)
@@ -520,11 +526,21 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         return "\n".join(["FlatPerturbOptimizer (", *lines, f"  {self.optimizer!r}", ")"])
 
     def _check_rounding(self, group: "dict[str, Any]") -> None:
-        if group["sigma"] > 1:
-            raise ValueError(
-                f"sigma={group['sigma']:g}, but noise={group['noise']!r} goes sigma of the way to the rounded weights: give "
-                "at most 1"
-            )
+        for weight in group["targets"]:
+            reason = why_not_rounded(weight)
+            if reason is not None:
+                raise ValueError(f"noise={group['noise']!r} cannot round {weight.path}: {reason}, or use noise='filter'")
+        mine = {id(weight.parameter): weight for weight in group["targets"]}
+        for root in self._roots:
+            for module in root.modules():
+                for parameter in module._parameters.values():
+                    weight = mine.get(id(parameter), group["targets"][0])
+                    if id(parameter) in mine and module is not weight.owner:
+                        self._warn_once(
+                            f"tied: {weight.path}",
+                            f"{weight.path} is tied to a weight of {type(module).__name__}, which reads it too: it is "
+                            "rounded with the first one's adapter alone. Leave it out, or use noise='filter'",
+                        )
         if 0 < group["sigma"] < 0.5:
             self._warn_once(
                 "a short way",
@@ -695,6 +711,10 @@ def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None
     if not (isinstance(noise, str) and FORMAT.fullmatch(noise)):
         raise ValueError(
             f"noise must be one of {', '.join(NOISES)}, or a format to round to such as 'int4/32' or 'nf4/64', got {noise!r}"
+        )
+    if sigma > 1:
+        raise ValueError(
+            f"sigma={sigma:g}, but noise={noise!r} goes sigma of the way to the rounded weights: give at most 1"
         )
     if restore != "copy":
         raise ValueError(

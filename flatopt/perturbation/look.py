@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..adapters.checks import check, check_lasting
 from ..adapters.quantized import data_ptr, format_of
+from ..core.arguments import NOISES
 from ..core.gathering import Gathering, is_split_as
 from ..core.sharding import first_row, is_sharded, local, local_update
 from ..core.weight import AdaptedWeight, WeightUpdate, WeightView, in_memory_order
@@ -138,6 +139,11 @@ class GroupLook:
                 view.update = gathering.of(update)
             self._gathering = gathering
         self._gathering.gather()
+
+    def follow_adapters(self) -> None:
+        """Where weights are rounded, to the updates as they are: between a closure's evaluations they move."""
+        if self.tensors and self._settings[1] not in NOISES:
+            self._look_at_updates()
 
     def _kept(self, view: WeightView, key: Any) -> Any:
         """The key of an update that is kept; of one that holds copies of this step, gathered or reordered, no key."""

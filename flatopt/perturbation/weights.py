@@ -173,6 +173,8 @@ class PerturbedWeights:
                 self.perturb(self._request)
                 return
             moved = self._written_to()
+            for look in self._looks:
+                look.follow_adapters()
             self._stand(PERTURBED)
             try:
                 for each in self._plans:

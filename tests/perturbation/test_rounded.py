@@ -180,6 +180,7 @@ def test_a_closure_rounds_where_the_adapter_is(targets, draws):
     assert not changed(model, before)
 
 
+@pytest.mark.filterwarnings("ignore:noise='int4' in every forward")
 def test_a_row_that_is_not_finite_stays():
     w = nn.Parameter(
         torch.tensor([[1.0, float("nan"), 2.0], [0.3, 1.0, -1.0], [1.0, 2.0, float("inf")]]), requires_grad=False
@@ -191,7 +192,6 @@ def test_a_row_that_is_not_finite_stays():
         noise="int4",
         sigma=1,
         schedule="constant",
-        draws="mixed",
         restore="copy",
     )
     optimizer.perturb()
@@ -211,12 +211,17 @@ def test_what_does_not_fit_is_refused():
     for name in ("int9", "int4/0", "nf3", 4):
         with pytest.raises(ValueError, match="or a format to round to"):
             wrap(lora_mlp(), name)
-    model = lora_mlp(use_dora=True)
-    optimizer, before = wrap(model), frozen(model)
     with pytest.raises(ValueError, match=r"cannot round .*rescales"):
+        wrap(lora_mlp(use_dora=True))
+    with pytest.raises(ValueError, match="raw parameters"):
+        FlatPerturbOptimizer(
+            torch.optim.SGD([nn.Parameter(torch.zeros(2))]), [{"params": [torch.zeros(2, 2)]}], draws="mixed"
+        )
+    model = lora_mlp()
+    optimizer = wrap(model)
+    optimizer.perturb_groups[0]["sigma"] = 2.0
+    with pytest.raises(ValueError, match="at most 1"):
         model(batch()[0])
-    assert not optimizer.is_perturbed
-    assert not changed(model, before)
 
 
 def test_what_is_likely_a_mistake_is_told():
@@ -224,3 +229,41 @@ def test_what_is_likely_a_mistake_is_told():
         wrap(lora_mlp(), sigma=0.05)
     with pytest.warns(UserWarning, match="draws='mixed'"):
         wrap(lora_mlp(), draws="step")
+
+
+@pytest.mark.filterwarnings("ignore:noise='int4' in every forward")
+@pytest.mark.parametrize("kind", ["loha", "on the grid"])
+def test_a_second_evaluation_finds_updates_that_are_made(kind):
+    """Of an adapter whose update is computed; and where the first evaluation's rounding moved nothing."""
+    from peft import LoHaConfig, get_peft_model
+
+    torch.manual_seed(0)
+    if kind == "loha":
+        model = get_peft_model(nn.Sequential(nn.Linear(16, 6)), LoHaConfig(r=2, target_modules=["0"], init_weights=False))
+    else:
+        model = lora_mlp(target_modules=["second"], init_lora_weights=True)
+    layer = next(m for m in model.modules() if hasattr(m, "get_delta_weight"))
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(rounding("int4")(layer.base_layer.weight))
+    clean, x = layer.base_layer.weight.detach().clone(), torch.randn(4, 16)
+    optimizer = wrap(model, draws="step", cls=Twice)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        delta = layer.get_delta_weight("default").detach()
+        stands = layer.base_layer.weight.detach()
+        torch.testing.assert_close(stands, rounding("int4")(clean + delta) - delta, rtol=1e-5, atol=1e-5)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(bits(layer.base_layer.weight), bits(clean))
+
+
+class Twice(torch.optim.SGD):
+    def step(self, closure):
+        for _ in range(2):
+            loss = closure()
+            super().step()
+        return loss

@@ -129,7 +129,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             )
         check_draws(seed, draws)
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
-        self._seed, self._step, self._draw, self.draws = int(seed), 0, 0, draws
+        self._seed, self._step, self._draw, self._draws = int(seed), 0, 0, draws
         self.total_steps, self.shared = total_steps, shared
         self._told: set[str] = set()
         self.perturb_groups, self._roots = read_groups(targets, defaults)
@@ -177,7 +177,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 optimizer.restore()
                 optimizer._draw += 1
 
-        self._doors = Doors(self._weights, perturb, None if self.draws == "step" else next_draw)
+        self._doors = Doors(self._weights, perturb, None if self._draws == "step" else next_draw)
         weights = self._weights.weights()
         owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
         listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
@@ -268,6 +268,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._seed = int(value)
         self._mirror()
 
+    @property
+    def draws(self) -> str:
+        """As given; for another, detach and make a new optimizer."""
+        return self._draws
+
     def perturb(self) -> None:
         """Set W to W + ε of the current step; the first training forward does this by itself. Idempotent.
 
@@ -297,7 +302,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
-        if self.draws == "mixed" and self._draw % 2:
+        if self._draws == "mixed" and self._draw % 2:
             sigmas = (0.0,) * len(sigmas)
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
@@ -368,7 +373,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self.restore()
             self._warn_if_unseen(optimizer)
             return None
-        if self.draws != "step" and self._doors.backward_began:  # Lightning has only the last one in the closure
+        if self._draws != "step" and self._doors.backward_began:  # Lightning has only the last one in the closure
             self.restore()
             self._draw += 1
         first = self._draw
@@ -396,7 +401,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
-        if self.draws == "mixed" and self._drawn and self._draw == 0:
+        if self._draws == "mixed" and self._drawn and self._draw == 0:
             self._warn_once(
                 "no clean half",
                 'draws="mixed", but a step had one micro-batch: all of it was noisy, none of it clean. Accumulate over two '
@@ -506,7 +511,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_seed",
             "_step",
             "_draw",
-            "draws",
+            "_draws",
         )
         return {name: self.__dict__[name] for name in names} | {"perturb_groups": groups}
 
@@ -547,7 +552,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"sigma={group['sigma']:g} goes that share of the way to the weights rounded to {group['noise']}: pass "
                 "sigma=1 to train at the rounded ones",
             )
-        if self.draws != "mixed":
+        if self._draws != "mixed":
             self._warn_once(
                 "rounded alone",
                 f"noise={group['noise']!r} in every forward fits the model to the rounded weights alone: it lost 11 to 36 "

@@ -82,12 +82,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=HERE / ".cache")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    task, chosen = (
-        load("efficientnet", "cpu", args.cache, False),
-        Store(HERE / "results" / "quantized_efficientnet.json").chosen,
-    )
-    task.steps, lr = args.steps or task.steps, chosen["lr"]["flat"]
-    sigma = chosen["strength"]["flat"]
+    task = load("efficientnet", "cpu", args.cache, False)
+    task.steps = args.steps or task.steps
+    chosen = Store(HERE / "results" / "quantized_efficientnet.json").chosen
+    lr, sigma = chosen["lr"]["flat"], chosen["strength"]["flat"]
     configs = {"plain": make_config(task, "plain", 0.0, lr), f"noise, σ {sigma:g}": make_config(task, "flat", sigma, lr)}
     configs |= {f"half rounded to {form}": make_config(task, "rounded", 1.0, lr, form=form) for form in TRAINED}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import flatopt
-from flatopt.flatness.quantization import rounding
+from flatopt.flatness import rounding
 
 
 def adapted(task, rank: int) -> nn.Module:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flatopt.flatness.quantization import rounding
+from flatopt.flatness import rounding
 
 from .methods import gradient_in, rising
 

@@ -29,14 +29,12 @@ def to_rounded(view: WeightView, clean: Tensor, form: str) -> Tensor:
     Raises:
         ValueError: for an adapter that rescales W (DoRA), whose merged weight is not W and something added.
     """
-    update, merged = view.update, clean.float()
+    update, merged = view.update, clean.to(torch.float32, copy=True)
     if update.row_norm is not None or update.alpha is not None:
         raise ValueError(
             f"noise={form!r} cannot round {view.weight.path}: its adapter rescales W + sBA (DoRA), so that the sum is not "
             "what is served. Train LoRA without use_dora, or with noise='filter'"
         )
-    if merged is clean:
-        merged = clean.clone()
     for B, A, scaling in update.factors:
         merged += scaling * (B.detach().float() @ A.detach().float())
     if update.dense is not None:

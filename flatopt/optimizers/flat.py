@@ -539,8 +539,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         for root in self._roots:
             for module in root.modules():
                 for parameter in module._parameters.values():
-                    weight = mine.get(id(parameter), group["targets"][0])
-                    if id(parameter) in mine and module is not weight.owner:
+                    weight = mine.get(id(parameter))
+                    if weight is not None and module is not weight.owner:
                         self._warn_once(
                             f"tied: {weight.path}",
                             f"{weight.path} is tied to a weight of {type(module).__name__}, which reads it too: it is "

@@ -38,7 +38,7 @@ STRENGTHS = {
     "antithetic": (0.1, 0.15, 0.2),
     "two draws": (0.1, 0.15, 0.2),
     "mixed": (0.1, 0.15, 0.2, 0.3),
-    "qat": (0.5, 1.0),
+    "qat": (0.25, 0.5, 1.0),
     "activations": (0.1, 0.15, 0.2),
     "efm": (0.02, 0.1, 0.5),
     "nbar": (0.25, 1.0),
@@ -54,7 +54,7 @@ BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, a
 
 def make_config(task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others) -> dict:
     """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
-    to while the adapter is trained and merged."""
+    to while the adapter is trained and merged; of ``qat`` a ``way``."""
     return {
         "method": method,
         "strength": strength,
@@ -254,13 +254,14 @@ def label(config: dict, steps: int) -> str:
     parts += [f"{name.replace('_', ' ')} {config[name]:g}" for name in ("weight_decay", "ema", "rank") if config.get(name)]
     parts += [f"{config['steps']} steps"] if config["steps"] != steps else []
     parts += [f"base in {config['base']}"] if "base" in config else []
+    parts += [f"way {config['way']}"] if "way" in config else []
     return ", ".join([*parts, f"lr {config['lr']:g}"])
 
 
 def rows(task, chosen: dict) -> "list[dict]":
     """Settings to run. Plain LoRA and the library's noise along learning rates; at the lr chosen for the noise, and so at
-    equal lr, everything else: noise by groups, half noisy and quantisation-aware training at every strength, other rivals at
-    their chosen one, and other settings, ranks and bases."""
+    equal lr, everything else: noise by groups, half noisy and quantisation-aware training at every strength (the last at the
+    next higher lr, too), other rivals at their chosen one, and other settings, ranks and bases."""
     lr, strength, equal = chosen["lr"], chosen["strength"], chosen["lr"]["flat"]
     found = []
     for each in sorted({equal, lr["plain"], *(task.lr * times for times in task.grid)}):
@@ -269,6 +270,10 @@ def rows(task, chosen: dict) -> "list[dict]":
     found += [make_config(task, "plain", 0.0, equal, **control) for control in CONTROLS]
     for method in [m for m in ("group", "mixed", "qat") if m in lr]:
         found += [make_config(task, method, s, equal) for s in STRENGTHS[method]]
+    if "qat" in lr:
+        found.append(make_config(task, "qat", 0.5, equal, way=0.7))
+        for higher in sorted(task.lr * times for times in task.grid if task.lr * times > equal)[:1]:
+            found += [make_config(task, "qat", share, higher) for share in (0.25, 0.5)]
     for method in [m for m in STRENGTHS if m in strength and m not in ("plain", "flat", "group")]:
         found += [make_config(task, method, strength[method], each) for each in sorted({equal, lr[method]})]
     for method in ("plain", "flat"):
@@ -279,7 +284,8 @@ def rows(task, chosen: dict) -> "list[dict]":
 
 def plain_of(config: dict, steps: int) -> dict:
     """What a row is held against: plain LoRA at the same lr, on the same base, at the same rank."""
-    return {**config, "method": "plain", "strength": 0.0, "steps": steps, "weight_decay": 0.0, "ema": 0.0}
+    plain = {"method": "plain", "strength": 0.0, "steps": steps, "weight_decay": 0.0, "ema": 0.0}
+    return {key: value for key, value in config.items() if key != "way"} | plain
 
 
 def main() -> None:

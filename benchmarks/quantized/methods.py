@@ -6,6 +6,7 @@ Every method trains the same adapter from the same start on the same batches; th
 import contextlib
 import gc
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -232,20 +233,35 @@ def flat(trainer, optimizer, config, seed):
     return step
 
 
-def rounded(trainer, optimizer, config, seed):
-    """The library's: one half of each batch at clean W, one where the merged weight is that of ``config["form"]``."""
-    gradient = trainer.gradient(parts=2)
+def qat(trainer, optimizer, config, seed):
+    """The library's quantisation-aware training: in a share ``strength`` of each batch, 1 or 1 / n, the merged weight is
+    that of ``form`` (without it int4, a scale a row); in the rest W is clean. ``way``: how far W is moved there, 1 without it,
+    or ``"rising"`` as the noise does."""
+    share, way = config["strength"], config.get("way", 1)
+    parts, rises = 2 if share == 1 else round(1 / share), way == "rising"
+    gradient = trainer.gradient(parts=parts)
+    # a replayed graph calls no hooks: they say so, and the step below does what they would
+    warnings.filterwarnings("ignore", "draws=|noise=.* in every forward")
     wrapped = flatopt.FlatPerturbOptimizer(
-        optimizer, trainer.model, sigma=1, schedule="constant", noise=config["form"], restore="copy", draws="mixed"
+        optimizer,
+        trainer.model,
+        sigma=1 if rises else way,
+        schedule="cosine" if rises else "constant",
+        total_steps=config["steps"],
+        noise=config.get("form", "int4"),
+        restore="copy",
+        draws="step" if share == 1 else f"mixed/{parts}",
     )
 
     def step(_, batch):
-        half, sums = len(batch[0]) // 2, [torch.zeros_like(p) for p in trainer.parameters]
-        wrapped.perturb()
-        for part in (slice(half), slice(half, 2 * half)):
-            gradient(tuple(t[part] for t in batch))  # a replayed graph calls no hooks
-            sums = torch._foreach_add(sums, [p.grad for p in trainer.parameters], alpha=0.5)
-            wrapped.restore()
+        size, sums = len(batch[0]) // parts, [torch.zeros_like(p) for p in trainer.parameters]
+        for k in range(parts):
+            if k == 0 or share == 1:
+                wrapped.perturb()
+            else:
+                wrapped.restore()
+            gradient(tuple(t[k * size : (k + 1) * size] for t in batch))
+            torch._foreach_add_(sums, [p.grad for p in trainer.parameters], alpha=1 / parts)
         for p, total in zip(trainer.parameters, sums):
             p.grad = total
         wrapped.step()
@@ -296,7 +312,7 @@ METHOD = {
     "plain": plain,
     "flat": flat,
     "group": group,
-    "rounded": rounded,
+    "qat": qat,
     "sam-adapter": sam("adapter"),
     "sam-full": sam("full"),
 }

@@ -142,13 +142,13 @@ def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tupl
 
 
 def by_sigma(named: "dict[str, dict[int, dict]]") -> "dict[str, dict[float, dict]]":
-    """Plain LoRA and the noise's σ -> lr -> metrics by seed."""
+    """Plain LoRA and the noise's σ -> lr -> metrics by seed; nothing where they have no lr in common."""
     found = {}
     for line in ("plain", *(f"flat σ {s:g}" for s in STRENGTHS["flat"])):
         along = {float(n.rpartition(" lr ")[2]): m for n, m in named.items() if n.rpartition(", lr ")[0] == line}
         if along:
             found[line.replace("flat ", "")] = along
-    return found
+    return found if "plain" in found and set.intersection(*map(set, found.values())) else {}
 
 
 def best_lr(along: "dict[str, dict[float, dict]]") -> float:
@@ -251,7 +251,10 @@ def write(results: Path, tasks: "list[str]") -> None:
             here = [pair for row, pair in pairs.items() if row.endswith(f", lr {each:g}") and pair[1] is not pair[2]]
             if here:
                 text.append(f"### At lr {each:g}, against plain LoRA at that lr\n\n" + difference_table(here))
+        text.append("### Tuning seeds\n\n" + tuning_table(store))
         along = by_sigma(named)
+        if not along:
+            continue
         best = best_lr(along)
         text.append("### Each tuned for the format that it is served in\n\n" + tuned_table(along))
         at = [pair for row, pair in pairs.items() if row.endswith((f", lr {lr:g}", f", lr {best:g}"))]
@@ -265,5 +268,4 @@ def write(results: Path, tasks: "list[str]") -> None:
         text.append(f"![{TITLES[name]}](quantized_{name}.png)")
         frontier(results / f"quantized_{name}_lr.png", TITLES[name], along)
         text.append(f"![Along the learning rate](quantized_{name}_lr.png)")
-        text.append("### Tuning seeds\n\n" + tuning_table(store))
     (results / "quantized.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

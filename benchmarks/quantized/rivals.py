@@ -1,14 +1,12 @@
 """Estimators of the field and of our own making, in the form of ``methods``: none is in the library.
 
-Where a step takes several gradients, each is of its part of the batch: it costs what plain training costs.
+Where a step takes two gradients, each is of one half of the batch: it costs what plain training costs.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-
-from flatopt.flatness import rounding
 
 from .methods import gradient_in, rising
 
@@ -23,23 +21,23 @@ def noise_of(trainer, config: dict, number: int, generator: torch.Generator) -> 
     return found
 
 
-def in_parts(places, number_of=lambda config: 2):
-    """A part of the batch at each of some places: ``places(trainer, config, number, generator)`` gives W's offsets."""
+def halves(places):
+    """One half of the batch at each of two places: ``places(trainer, config, number, generator)`` gives W's offsets."""
 
     def make(trainer, optimizer, config, seed):
-        parts = number_of(config)
-        gradient = trainer.gradient(parts=parts)
+        gradient = trainer.gradient(parts=2)
         generator = torch.Generator(trainer.batch[0].device).manual_seed(seed)
 
         def step(number, batch):
-            sums, size = None, len(batch[0]) // parts
+            sums = None
             for k, offsets in enumerate(places(trainer, config, number, generator)):
+                half = len(batch[0]) // 2
                 with trainer.moved(offsets):
-                    gradient_in(gradient, tuple(t[k * size : (k + 1) * size] for t in batch))
+                    gradient_in(gradient, tuple(t[k * half : (k + 1) * half] for t in batch))
                 grads = [p.grad.clone() for p in trainer.parameters]
                 sums = grads if sums is None else torch._foreach_add(sums, grads)
             for p, total in zip(trainer.parameters, sums):
-                p.grad = total / parts
+                p.grad = total / 2
             optimizer.step()
 
         return step
@@ -61,23 +59,6 @@ def at_w_and_noise(*given):
     """mARWP's mixture (λ = ½): clean and noisy."""
     noise = noise_of(*given)
     return [torch.zeros_like(each) for each in noise], noise
-
-
-def at_rounded(trainer, config, number, generator):
-    """Quantisation-aware training: the merged weight as int4 (a scale a row) makes it, the gradient passed straight through;
-    for a ``strength`` of the batch, 1 or 1 / n. ``way``: how far W is moved there, 1 if it is not given; or ``"rising"``, as
-    the noise does."""
-    round_to, way = rounding("int4"), config.get("way", 1.0)
-    factor = rising(number, config["steps"]) if way == "rising" else way
-    offsets = [factor * (round_to(merged) - merged) for merged in (layer.merged() for layer in trainer.layers)]
-    if config["strength"] == 1:
-        return [offsets] * 2
-    clean = [torch.zeros_like(each) for each in offsets]
-    return [*[clean] * (parts_of(config) - 1), offsets]
-
-
-def parts_of(config: dict) -> int:
-    return 2 if config["strength"] == 1 else round(1 / config["strength"])
 
 
 class Activations:
@@ -223,10 +204,9 @@ def bilora(trainer, optimizer, config, seed):
 
 RIVALS = {
     "bilora": bilora,
-    "antithetic": in_parts(at_plus_and_minus),
-    "two draws": in_parts(at_two_draws),
-    "mixed": in_parts(at_w_and_noise),
-    "qat": in_parts(at_rounded, parts_of),
+    "antithetic": halves(at_plus_and_minus),
+    "two draws": halves(at_two_draws),
+    "mixed": halves(at_w_and_noise),
     "activations": Activations,
     "efm": efm,
     "nbar": nbar,

@@ -50,11 +50,12 @@ SIGNS |= {"group": "×", "nbar": "a", "dropout": "p", "qat": "share"}
 CONTROLS = ({"weight_decay": 0.1}, {"weight_decay": 1.0}, {"steps": 0.5}, {"ema": 0.98})  # of plain LoRA
 RANKS = (2, 32)
 BASES = ("int4", "int4/32", "nf4/64")  # trained on the base rounded to these, as QLoRA does
+FORMS = ("int4/32", "nf4/64")  # trained through these, besides int4
 
 
 def make_config(task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others) -> dict:
     """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
-    to while the adapter is trained and merged; of ``qat`` a ``way``."""
+    to while the adapter is trained and merged; of ``qat`` a ``form`` and a ``way``."""
     return {
         "method": method,
         "strength": strength,
@@ -254,6 +255,7 @@ def label(config: dict, steps: int) -> str:
     parts += [f"{name.replace('_', ' ')} {config[name]:g}" for name in ("weight_decay", "ema", "rank") if config.get(name)]
     parts += [f"{config['steps']} steps"] if config["steps"] != steps else []
     parts += [f"base in {config['base']}"] if "base" in config else []
+    parts += [f"to {config['form']}"] if "form" in config else []
     parts += [f"way {config['way']}"] if "way" in config else []
     return ", ".join([*parts, f"lr {config['lr']:g}"])
 
@@ -272,6 +274,7 @@ def rows(task, chosen: dict) -> "list[dict]":
         found += [make_config(task, method, s, equal) for s in STRENGTHS[method]]
     if "qat" in lr:
         found.append(make_config(task, "qat", 0.5, equal, way=0.7))
+        found += [make_config(task, "qat", share, equal, form=form) for form in FORMS for share in (0.25, 0.5)]
         for higher in sorted(task.lr * times for times in task.grid if task.lr * times > equal)[:1]:
             found += [make_config(task, "qat", share, higher) for share in (0.25, 0.5)]
     for method in [m for m in STRENGTHS if m in strength and m not in ("plain", "flat", "group")]:
@@ -285,7 +288,7 @@ def rows(task, chosen: dict) -> "list[dict]":
 def plain_of(config: dict, steps: int) -> dict:
     """What a row is held against: plain LoRA at the same lr, on the same base, at the same rank."""
     plain = {"method": "plain", "strength": 0.0, "steps": steps, "weight_decay": 0.0, "ema": 0.0}
-    return {key: value for key, value in config.items() if key != "way"} | plain
+    return {key: value for key, value in config.items() if key not in ("form", "way")} | plain
 
 
 def main() -> None:

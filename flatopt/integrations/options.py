@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..core.warn import warn_user
-from ..optimizers.flat import check_draws, check_group
+from ..optimizers.draws import check_draws
+from ..optimizers.flat import check_group
 
 
 def checked(**options: Any) -> "dict[str, Any]":

@@ -28,12 +28,12 @@ from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
 from ..perturbation.strangers import find_strangers, listen_for_strangers
 from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights
+from .draws import check_draws, perturbed_one_in
 from .groups import read_groups
 from .schedule import SCHEDULES, Schedule, factor
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
-DRAWS = ("step", "micro-batch", "mixed")
 
 
 class FlatPerturbOptimizer(OptimizerWrapper):
@@ -73,7 +73,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             of the group), ``"element"`` (std σ|W|, the paper's Appendix C). Or a format that the merged model will be served
             in, as :func:`flatopt.flatness.rounding` reads it (``"int4/32"``, ``"nf4/64"``): no noise, W moves by
             :math:`\sigma_t (Q(W + sBA) - (W + sBA))`, so that for σ = 1 the model runs as rounded and the gradient goes
-            straight through (quantisation-aware training). Use ``sigma=1, schedule="constant", draws="mixed"``; it needs
+            straight through (quantisation-aware training). Use ``sigma=1, schedule="constant", draws="mixed/4"``; it needs
             ``restore="copy"``.
         restore: ``"reversible"`` (no copy: an involution takes the noise on and off, see :mod:`flatopt.ops.reversible`),
             ``"copy"`` (keeps a clean copy; plain Gaussian noise), ``"subtract"`` (the official code's; W drifts by rounding;
@@ -83,8 +83,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         draws: ``"step"`` (one ε a step), or under gradient accumulation ``"micro-batch"`` (each micro-batch its own ε, so
             that the step's gradient averages over as many draws; one more move of W and back a micro-batch) or ``"mixed"``
             (the first, third, ... its own ε each, the others clean W: the mixture of mARWP, Li et al., 2024, arXiv
-            2404.00357, with λ = ½; with two, as dear as ``"step"``). A training forward after a backward begins the next
-            micro-batch; all graphs of the one before must be done with by then.
+            2404.00357, with λ = ½; with two, as dear as ``"step"``) or ``"mixed/n"`` (one in n its own ε, the first). A
+            training forward after a backward begins the next micro-batch; all graphs of the one before must be done with by
+            then.
         seed: names the noise. The same seed gives the same run; global random states are neither read nor moved.
         shared: under torch.distributed, draw the same ε on every rank. By default each rank draws its own, a better
             estimate of the expectation at no cost.
@@ -147,9 +148,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
-        if draws == "mixed" and any(weight.adapter is RAW for weight in weights):
+        if perturbed_one_in(draws) > 1 and any(weight.adapter is RAW for weight in weights):
             raise ValueError(
-                "draws='mixed' with raw parameters as targets: they have no forward that begins a micro-batch. Give the "
+                f"draws={draws!r} with raw parameters as targets: they have no forward that begins a micro-batch. Give the "
                 "modules that hold them"
             )
         refuse_overlapping(weights)
@@ -302,7 +303,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
-        if self._draws == "mixed" and self._draw % 2:
+        if self._draw % perturbed_one_in(self._draws):
             sigmas = (0.0,) * len(sigmas)
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
@@ -401,11 +402,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
-        if self._draws == "mixed" and self._drawn and self._draw == 0:
+        one_in, made = perturbed_one_in(self._draws), self._draw + 1
+        if self._drawn and made < one_in:
             self._warn_once(
-                "no clean half",
-                'draws="mixed", but a step had one micro-batch: all of it was noisy, none of it clean. Accumulate over two '
-                'micro-batches or more (halves of the batch), or use draws="step"',
+                "too few micro-batches",
+                f"draws={self._draws!r}, but a step had fewer micro-batches than that: one in {made} was perturbed. "
+                f"Accumulate over {one_in} or more (parts of the batch), or give another draws",
             )
         self._begin_draw()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
@@ -552,12 +554,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"sigma={group['sigma']:g} goes that share of the way to the weights rounded to {group['noise']}: pass "
                 "sigma=1 to train at the rounded ones",
             )
-        if self._draws != "mixed":
+        if perturbed_one_in(self._draws) == 1:
             self._warn_once(
                 "rounded alone",
                 f"noise={group['noise']!r} in every forward fits the model to the rounded weights alone: it lost 11 to 36 "
-                "points at full precision where we measured it. Accumulate over two micro-batches or more and pass "
-                "draws='mixed', which leaves every second one at clean weights",
+                "points at full precision where we measured it. Accumulate over four micro-batches and pass "
+                "draws='mixed/4', which leaves three of them at clean weights, or over two and pass draws='mixed'",
             )
 
     # --- what is said once ------------------------------------------------------------------------------------------
@@ -685,14 +687,6 @@ def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
         reason = unsupported_reason(weight, group["noise"])
         if reason is not None:
             raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
-
-
-def check_draws(seed: Any, draws: Any) -> None:
-    """Raise for what is one for all groups and does not fit."""
-    if not is_whole(seed):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
-    if draws not in DRAWS:
-        raise ValueError(f"draws must be one of {', '.join(DRAWS)}, got {draws!r}")
 
 
 def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:

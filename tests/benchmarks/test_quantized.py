@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 from benchmarks.quantized import methods, report, study
 from benchmarks.quantized.methods import METHOD, Trainer, group_noise
 from benchmarks.quantized.rivals import RIVALS, noise_of
+from flatopt.flatness import rounding
 
 
 class Toy:
@@ -53,28 +54,36 @@ def test_every_method_trains_the_adapter_and_leaves_w(trainer, method):
 def test_methods_at_strength_0_are_plain(trainer):
     trainer.run(study.make_config(trainer.task, "plain", 0.0, 1e-2), 3)
     plain = [p.detach().clone() for p in trainer.parameters]
-    for method in {*METHOD, *RIVALS} - {"qat", "rounded"}:  # these round whole weights
+    for method in {*METHOD, *RIVALS} - {"qat"}:  # which rounds whole weights
         trainer.run(study.make_config(trainer.task, method, 0.0, 1e-2), 3)
         assert all(torch.allclose(a, p, atol=1e-6) for a, p in zip(plain, trainer.parameters)), method
 
 
-def test_the_library_trains_through_a_format_as_the_study_does(trainer):
-    """Apart from which half of a batch is the rounded one."""
-    found = []
-    for method, config in (("qat", {}), ("rounded", {"form": "int4"})):
-        data = trainer.task.train
+@pytest.mark.parametrize("form", ["int4", "int4/32"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+def test_qat_is_trained_at_the_rounded_and_at_the_clean_weights(trainer, monkeypatch, share, form):
+    monkeypatch.setattr(methods, "indices", lambda size, steps, batch, seed: [torch.arange(4)] * steps)
+    config = study.make_config(trainer.task, "qat", share, 1e-2, form=form)
+    trainer.run(config, 3)
+    found = [p.detach().clone() for p in trainer.parameters]
 
-        def halves_exchanged(seed, data=data):
-            return tuple(torch.cat([t[2:4], t[:2], t[4:]]) for t in data(seed))
-
-        trainer.task.train = data if method == "qat" else halves_exchanged
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(methods, "indices", lambda size, steps, batch, seed: [torch.arange(4)] * steps)
-            trainer.run(study.make_config(trainer.task, method, 0.5, 1e-2, **config), 3)
-        trainer.task.train = data
-        found.append([p.detach().clone() for p in trainer.parameters])
-    for theirs, ours in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    trainer.reset(3)
+    optimizer = torch.optim.AdamW(trainer.parameters, lr=1e-2, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config["steps"])
+    batch = tuple(t[:4] for t in trainer.task.train(3))
+    for _ in range(config["steps"]):
+        optimizer.zero_grad()
+        rounded = [rounding(form)(layer.merged()) - layer.merged() for layer in trainer.layers]
+        split = round(4 * share)
+        for offsets, part in ((rounded, slice(split)), ([torch.zeros_like(each) for each in rounded], slice(split, 4))):
+            if part != slice(4, 4):
+                with trainer.moved(offsets), torch.enable_grad():
+                    loss, _ = trainer.task.loss_and_accuracy(trainer.model, tuple(t[part] for t in batch))
+                    (loss * len(batch[0][part]) / 4).backward()
+        optimizer.step()
+        scheduler.step()
+    for theirs, ours in zip(trainer.parameters, found):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_group_noise_has_the_std_of_rounding():

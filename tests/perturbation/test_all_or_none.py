@@ -148,7 +148,7 @@ def test_an_exception_at_any_operation(restore, move, when):
     assert restore == "forward" or count > 1
 
 
-@pytest.mark.filterwarnings("ignore:draws=.mixed., but a step had one micro-batch")
+@pytest.mark.filterwarnings("ignore:draws=.mixed., but a step had fewer micro-batches")
 @pytest.mark.parametrize("noise", ["layer", "isotropic", "element", "int4"])
 def test_every_kind_of_noise(noise):
     run = Run("copy" if noise == "int4" else "reversible", noise)

@@ -76,11 +76,12 @@ def test_each_micro_batch_has_the_noise_of_its_number(restore, keys):
         alone.restore()
 
 
+@pytest.mark.parametrize(("mixed", "one_in"), [("mixed", 2), ("mixed/2", 2), ("mixed/3", 3), ("mixed/4", 4)])
 @pytest.mark.parametrize("restore", ["reversible", "copy", "subtract", "forward"])
-def test_every_second_micro_batch_is_clean(restore, keys):
-    """``mixed``: the gradients of the odd ones are those of ``micro-batch``, of the even ones those at W."""
+def test_one_in_some_micro_batches_is_perturbed(restore, mixed, one_in, keys):
+    """The gradients of the first, and of each ``one_in``-th after it, are those of ``micro-batch``; of others those at W."""
     found, exact = {}, restore != "subtract"
-    for draws in ("micro-batch", "mixed", None):
+    for draws in ("micro-batch", mixed, None):
         torch.manual_seed(0)
         model = lora_mlp()
         before, found[draws] = frozen(model), []
@@ -89,31 +90,44 @@ def test_every_second_micro_batch_is_clean(restore, keys):
             loss_of(model, micro).backward()
             found[draws].append(gradients(model))
             model.zero_grad()
-            if draws == "mixed":
-                assert restore in ("forward", "subtract") or bool(changed(model, before)) is (micro % 2 == 0)
+            if draws == mixed:
+                assert restore in ("forward", "subtract") or bool(changed(model, before)) is (micro % one_in == 0)
         if optimizer is not None:
             optimizer.step()
             assert not changed(model, before) or not exact
             assert not optimizer.is_perturbed
             assert optimizer.step_count == 1
     for micro in range(4):
-        expected = found["micro-batch" if micro % 2 == 0 else None][micro]
-        for mine, theirs in zip(found["mixed"][micro], expected):
+        noisy = micro % one_in == 0
+        for mine, theirs in zip(found[mixed][micro], found["micro-batch" if noisy else None][micro]):
             torch.testing.assert_close(mine, theirs, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
-        other = found[None if micro % 2 == 0 else "micro-batch"][micro]
-        assert not all(map(torch.allclose, found["mixed"][micro], other))
+        assert not all(map(torch.allclose, found[mixed][micro], found[None if noisy else "micro-batch"][micro]))
 
 
-def test_a_step_without_a_clean_half_is_told_once():
+@pytest.mark.parametrize(
+    ("mixed", "enough", "few", "told"),
+    [
+        ("mixed", 2, 1, "a step had fewer micro-batches .* one in 1 was perturbed. Accumulate over 2 "),
+        ("mixed/4", 4, 3, "a step had fewer micro-batches .* one in 3 was perturbed. Accumulate over 4 "),
+    ],
+)
+def test_a_step_of_too_few_micro_batches_is_told_once(mixed, enough, few, told):
     model = lora_mlp()
-    optimizer = wrap(model, draws="mixed")
-    for micro in range(2):
+    optimizer = wrap(model, draws=mixed)
+    for micro in range(enough):
         loss_of(model, micro).backward()
     optimizer.step()  # says nothing: pytest makes an error of a warning
     for again in (True, False):
-        loss_of(model).backward()
-        with pytest.warns(UserWarning, match="a step had one micro-batch") if again else contextlib.nullcontext():
+        for micro in range(few):
+            loss_of(model, micro).backward()
+        with pytest.warns(UserWarning, match=told) if again else contextlib.nullcontext():
             optimizer.step()
+
+
+@pytest.mark.parametrize("draws", ["mixed/1", "mixed/0", "mixed/", "mixed/2.5", "Mixed", "step/2", "antithetic", 2, None])
+def test_other_draws_are_refused(draws):
+    with pytest.raises(ValueError, match="draws must be one of step, micro-batch, mixed, mixed/n"):
+        wrap(lora_mlp(), draws=draws)
 
 
 def test_the_first_draw_is_that_of_one_draw_a_step(keys):
@@ -273,13 +287,8 @@ def test_a_graph_of_the_draw_before_is_refused():
     optimizer.step()
 
 
-@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed", "mixed/4"])
 def test_a_pickle_keeps_it(draws):
     model = lora_mlp()
     optimizer = pickle.loads(pickle.dumps(wrap(model, draws=draws)))
     assert optimizer.draws == draws
-
-
-def test_other_values_are_refused():
-    with pytest.raises(ValueError, match="draws must be one of step, micro-batch, mixed, got 'antithetic'"):
-        wrap(lora_mlp(), draws="antithetic")

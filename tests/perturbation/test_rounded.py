@@ -133,24 +133,6 @@ def test_the_gradient_goes_straight_through():
     assert not changed(model, before)
 
 
-def test_it_is_the_studys():
-    """What the study measured as quantisation-aware training moves W to the same place."""
-    from types import SimpleNamespace
-
-    from benchmarks.quantized.methods import Lora
-    from benchmarks.quantized.rivals import at_rounded
-
-    model = lora_mlp()
-    layers = [Lora(module) for module in model.modules() if hasattr(module, "lora_A")]
-    _, offsets = at_rounded(SimpleNamespace(layers=layers), {"strength": 0.5}, 0, None)
-    clean = [layer.rows.clone() for layer in layers]
-    optimizer = wrap(model)
-    optimizer.perturb()
-    for layer, before, offset in zip(layers, clean, offsets):
-        torch.testing.assert_close(layer.rows, before + offset, rtol=1e-5, atol=1e-6)
-    optimizer.restore()
-
-
 @pytest.mark.filterwarnings("ignore:noise='int4' in every forward")
 @pytest.mark.parametrize("draws", ["step", "mixed"])
 @pytest.mark.parametrize("targets", [["second"], ["first", "second", "head"]])

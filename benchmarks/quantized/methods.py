@@ -235,7 +235,7 @@ def flat(trainer, optimizer, config, seed):
 
 def qat(trainer, optimizer, config, seed):
     """The library's quantisation-aware training: in a share ``strength`` of each batch, 1 or 1 / n, the merged weight is
-    that of ``form`` (without it int4, a scale a row); in the rest W is clean. ``way``: how far W is moved there, 1 without it,
+    that of ``form`` (without it int4, a scale a row); in the rest W is clean. ``way``: how far W is moved, 1 without it,
     or ``"rising"`` as the noise does."""
     share, way = config["strength"], config.get("way", 1)
     parts, rises = 2 if share == 1 else round(1 / share), way == "rising"

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +26,21 @@ def constant(make: Callable[..., Made]) -> Callable[..., Made]:
     return made
 
 
+def _autocast_kinds() -> "list[str]":
+    known = []
+    for kind in ("cpu", "cuda", "xpu", "mps"):
+        with suppress(RuntimeError):  # torch 2.4 knows no mps
+            torch.is_autocast_enabled(kind)
+            known.append(kind)
+    return known
+
+
+_AUTOCAST_KINDS = _autocast_kinds()
+
+
 class writing:  # a class, as a generator's context manager takes twice as long, twice a step
-    """What is done inside is done to the real weights: no fake tensors, no graph, and version counters that move."""
+    """What is done inside is done to the real weights: no fake tensors, no graph, version counters that move, and products
+    in the types of their factors: ε may not depend on whose autocast region a forward runs in."""
 
     def __enter__(self) -> None:
         fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
@@ -40,8 +53,15 @@ class writing:  # a class, as a generator's context manager takes twice as long,
             # in inference mode a write would not move the version counter; leaving that mode turns gradients on
             self._stack.enter_context(torch.inference_mode(False))
         torch._C._set_grad_enabled(False)  # no_grad by its one effect: that object takes as long as a launch
+        self._autocast: list[str] = []
+        if torch._C._is_any_autocast_enabled():
+            self._autocast = [kind for kind in _AUTOCAST_KINDS if torch.is_autocast_enabled(kind)]
+            for kind in self._autocast:
+                torch.set_autocast_enabled(kind, False)
 
     def __exit__(self, *exception: Any) -> None:
         torch._C._set_grad_enabled(self._gradients)
+        for kind in self._autocast:
+            torch.set_autocast_enabled(kind, True)
         if self._stack is not None:
             self._stack.__exit__(*exception)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.weight import WeightView
+from .constants import constant
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -96,9 +97,14 @@ def _asymmetric(w: Tensor, bits: int) -> Tensor:
     return torch.where(scale > 0, (levels - zero) * scale, 0.0)
 
 
+@constant
+def _nf4_levels(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(NF4, dtype=dtype, device="cpu").to(device)
+
+
 def _nf4(w: Tensor) -> Tensor:
-    levels = torch.tensor(NF4, device=w.device, dtype=w.dtype)
+    levels = _nf4_levels(w.device, w.dtype)
     scale = w.abs().amax(-1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2
-    nearest = levels[torch.bucketize((w / scale).nan_to_num_(0.0), between)]
+    nearest = levels[torch.bucketize((w / scale).nan_to_num_(0.0).contiguous(), between)]
     return nearest * scale

@@ -154,7 +154,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "modules that hold them"
             )
         refuse_overlapping(weights)
-        self._drawn, self._parts = False, set[int]()
+        self._drawn, self._parts, self._rounding = False, set[int](), dict[int, str]()
         self._adopt(self.innermost.param_groups)
         if seed != 0:  # not the default
             self._warn_of_another_seed(int(seed))
@@ -164,6 +164,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
+        self._trains_others = weakref.WeakSet[Optimizer]()
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
@@ -291,8 +292,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
         self._adopt(self.optimizer.param_groups)
-        for group in self.perturb_groups:
+        for number, group in enumerate(self.perturb_groups):
             check_group(group, self)
+            if group["noise"] not in NOISES and self._rounding.get(number) != group["noise"]:
+                self._check_rounding(group)
+                self._rounding[number] = group["noise"]
         self._warn_past_the_end()
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
@@ -428,20 +432,32 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         subject = "another optimizer"
         # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
         self._doors.first_pass.read = {}
-        if self._weights.state == CLEAN or subject in self._told or not isinstance(optimizer, Optimizer):
+        if self._weights.state == CLEAN or not isinstance(optimizer, Optimizer) or optimizer in self._trains_others:
             return
         inner = self.innermost
-        if inner in _chain(optimizer) or optimizer in _chain(self):
+        if inner in _chain(optimizer) or optimizer in _chain(self) or _step_is_running(self, inner):
             return
-        mine = {id(p) for group in inner.param_groups for p in group["params"]}
-        shared = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
-        if shared and not _step_is_running(self, inner):
+        mine, theirs = ({id(p) for group in o.param_groups for p in group["params"]} for o in (inner, optimizer))
+        if mine & theirs:
             self._warn_once(
                 subject,
                 f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
                 "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise "
                 "and the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
             )
+            return
+        beside = "trained beside"
+        if beside in self._told or any(p.grad is not None for group in inner.param_groups for p in group["params"]):
+            return  # where both train, ours will be stepped too
+        if theirs.isdisjoint(id(p) for root in self._roots for p in root.parameters()):
+            self._trains_others.add(optimizer)  # another model's: a discriminator's
+            return
+        self._warn_once(
+            beside,
+            f"{type(optimizer).__name__} is stepped at base weights that FlatPerturbOptimizer perturbed, none of whose own "
+            "parameters has a gradient: they keep the same noise as long as its own step() does not come. If it is done "
+            "with, call its detach()",
+        )
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
@@ -512,10 +528,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_parts",
             "_seed",
             "_step",
-            "_draw",
             "_draws",
+            "_rounding",
         )
-        return {name: self.__dict__[name] for name in names} | {"perturb_groups": groups}
+        next_draw = self._draws != "step" and self._doors.backward_began
+        own = {"perturb_groups": groups, "_draw": self._draw + 1 if next_draw else self._draw}
+        return {name: self.__dict__[name] for name in names} | own
 
     def __setstate__(self, state: "dict[str, Any]") -> None:
         groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]

@@ -228,7 +228,8 @@ class GroupLook:
                     now = local(parameter).detach()
                     if now.shape == view.tensor.shape:
                         now.copy_(view.tensor)
-            self._moved = {}
+            # what a forward made anew lies elsewhere until the next one: the next move has to follow there, too
+            self._moved = {id(v): True for v in self._known if v.weight.rebuilt and self._moved.get(id(v))}
 
     def release(self) -> None:
         for each in self.plans:

@@ -292,3 +292,24 @@ def test_a_pickle_keeps_it(draws):
     model = lora_mlp()
     optimizer = pickle.loads(pickle.dumps(wrap(model, draws=draws)))
     assert optimizer.draws == draws
+
+
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed", "mixed/3"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_pickle_between_micro_batches_goes_on_with_the_next_draw(draws, after):
+    torch.manual_seed(0)
+    model = lora_mlp()
+    optimizer, found = wrap(model, draws=draws), []
+    for micro in range(4):
+        if micro == after:
+            model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+        loss_of(model, micro).backward()
+        found.append(gradients(model))
+        model.zero_grad()
+    torch.manual_seed(0)
+    model = lora_mlp()
+    optimizer = wrap(model, draws=draws)
+    for micro in range(4):
+        loss_of(model, micro).backward()
+        assert all(map(torch.equal, gradients(model), found[micro])), micro
+        model.zero_grad()

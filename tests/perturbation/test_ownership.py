@@ -223,3 +223,55 @@ def test_a_finished_optimizer_keeps_no_model():
     assert reference() is None  # between steps nothing holds W's memory
     model(batch()[0])
     assert optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("what", ["the next adapter", "a head", "another model"])
+def test_who_trains_beside_an_optimizer_that_is_done_with_is_told_once(what):
+    from peft import LoraConfig
+
+    model = lora_mlp(modules_to_save=["head"])
+    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(adapter, lr=0.1), model, sigma=0.2, schedule="constant")
+    x, y = batch()
+
+    def backward(through=lambda out: out):
+        nn.functional.cross_entropy(through(model(x)), y).backward()
+
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    through = nn.Linear(5, 5)
+    for parameter in trainable(model):
+        parameter.requires_grad_(False)
+    if what == "the next adapter":
+        model.add_adapter("next", LoraConfig(r=2, target_modules=["second"]))
+        model.set_adapter("next")
+    elif what == "a head":
+        model.base_model.model.head.modules_to_save["default"].requires_grad_(True)
+    beside = torch.optim.SGD(through.parameters() if what == "another model" else trainable(model), lr=0.1)
+    said = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            backward(through)
+            beside.step()
+            beside.zero_grad()
+        said += [str(w.message) for w in caught]
+    assert len(said) == (what != "another model"), said
+    assert all("none of whose own parameters has a gradient" in each and "call its detach()" in each for each in said)
+
+
+def test_who_trains_the_head_beside_a_training_adapter_is_not_told():
+    model = lora_mlp(modules_to_save=["head"])
+    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(adapter, lr=0.1), model, sigma=0.2, schedule="constant")
+    beside = torch.optim.SGD([p for name, p in model.named_parameters() if "modules_to_save" in name], lr=0.1)
+    x, y = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for first, second in ((beside, optimizer), (optimizer, beside)) * 2:
+            nn.functional.cross_entropy(model(x), y).backward()
+            first.step()
+            second.step()
+            optimizer.zero_grad()
+            beside.zero_grad()

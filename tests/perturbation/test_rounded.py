@@ -249,3 +249,32 @@ class Twice(torch.optim.SGD):
             loss = closure()
             super().step()
         return loss
+
+
+def test_a_group_set_to_a_format_in_mid_training_is_asked_as_at_the_start():
+    from peft import LoraConfig, get_peft_model
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(16, 2)
+
+        def forward(self, x):
+            return self.attend(x, x, x)[0]
+
+    model = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attend"]))
+    optimizer = wrap(model, noise="filter", sigma=0.1)
+    model(torch.ones(2, 3, 16)).sum().backward()
+    optimizer.step()
+    optimizer.perturb_groups[0].update(noise="int4", sigma=1)
+    with pytest.raises(ValueError, match="cannot round"):
+        model(torch.ones(2, 3, 16))
+    optimizer.perturb_groups[0].update(noise="filter", sigma=0.1)
+    model(torch.ones(2, 3, 16)).sum().backward()
+    optimizer.step()
+
+    plain = lora_mlp()
+    optimizer = wrap(plain, noise="filter", sigma=0.1, draws="step")
+    optimizer.perturb_groups[0].update(noise="int4", sigma=1)
+    with pytest.warns(UserWarning, match="draws='mixed/4'"):
+        plain(batch()[0])

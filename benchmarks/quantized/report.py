@@ -7,7 +7,7 @@ from statistics import mode
 import numpy as np
 
 from ..statistics import holm, paired
-from .study import FORMATS, STRENGTHS, TASKS, TUNING_SEEDS, Store, label, plain_of
+from .study import FORMATS, SEEDS, STRENGTHS, TASKS, TUNING_SEEDS, Store, label, plain_of
 
 COLUMNS = {  # title -> (format, part, accuracy 0 or loss 1, decimals)
     "full precision": ("full", "test", 0, 1),
@@ -126,6 +126,18 @@ def tuning_table(store: Store) -> str:
     return "\n".join(lines)
 
 
+def pairs_of(store: Store, configs, seeds, steps: int) -> "dict[str, tuple[str, dict, dict]]":
+    """Each row with enough of ``seeds``, and plain LoRA's by the same lr."""
+    found = {}
+    for config in sorted(configs, key=place):
+        ours, plain = by_seed(store, config, seeds), plain_of(config, steps)
+        theirs = ours if plain == config else by_seed(store, plain, seeds)
+        if len(set(ours) & set(theirs)) >= LEAST_SEEDS:
+            row = label(config, steps)
+            found[row] = (row, ours, theirs)
+    return found
+
+
 def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tuple[str, dict, dict]]":
     """Each row of group noise with the row of filter noise that is nearest in validation accuracy at full precision."""
 
@@ -233,16 +245,8 @@ def write(results: Path, tasks: "list[str]") -> None:
             + "."
         )
         steps = steps_of(name)
-        seeds = sorted({run["seed"] for run in store.runs.values()} - set(TUNING_SEEDS))
         configs = {Store.key(run["config"], 0): run["config"] for run in store.runs.values()}.values()
-        pairs = {}
-        for config in sorted(configs, key=place):
-            ours = by_seed(store, config, seeds)
-            plain = plain_of(config, steps)
-            theirs = ours if plain == config else by_seed(store, plain, seeds)
-            if len(set(ours) & set(theirs)) >= LEAST_SEEDS:
-                row = label(config, steps)
-                pairs[row] = (row, ours, theirs)
+        pairs = pairs_of(store, configs, SEEDS, steps)
         named = {row: ours for row, (_, ours, _) in pairs.items()}
         lr = store.chosen["lr"]["flat"]
         chosen = ", ".join(f"{m} {lr:g}" for m, lr in store.chosen["lr"].items())
@@ -251,6 +255,11 @@ def write(results: Path, tasks: "list[str]") -> None:
             here = [pair for row, pair in pairs.items() if row.endswith(f", lr {each:g}") and pair[1] is not pair[2]]
             if here:
                 text.append(f"### At lr {each:g}, against plain LoRA at that lr\n\n" + difference_table(here))
+        fresh = sorted({run["seed"] for run in store.runs.values() if SEEDS[-1] < run["seed"] < min(TUNING_SEEDS)})
+        again = [pair for pair in pairs_of(store, configs, fresh, steps).values() if pair[1] is not pair[2]]
+        if again:
+            rows = f"{difference_table(again)}\n\n{lost_table(again)}"
+            text.append(f"### Chosen by seeds {SEEDS[0]}-{SEEDS[-1]}, measured again on {fresh[0]}-{fresh[-1]}\n\n{rows}")
         text.append("### Tuning seeds\n\n" + tuning_table(store))
         along = by_sigma(named)
         if not along:

@@ -16,7 +16,7 @@ BELOW = {
     "adapters": {"core"},
     "perturbation": {"core", "ops", "adapters"},
     "optimizers": {"core", "ops", "adapters", "perturbation"},
-    "flatness": {"core", "ops", "perturbation", "optimizers"},
+    "flatness": {"core", "ops", "adapters", "perturbation", "optimizers"},
     "create": {"optimizers"},
     "noise": {"ops"},
     "integrations": {"core", "optimizers"},

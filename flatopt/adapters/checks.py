@@ -17,8 +17,27 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
     """Raise unless ``weight`` can be perturbed now; with ``in_forward``, in its layer's forward where it is quantised.
 
     Raises:
-        ValueError: a weight that is quantised, not loaded, of size 0, sharded flat or along its inputs, trainable, merged or
-            offloaded; names it and the way out.
+        ValueError: a weight that :func:`check_kind` refuses, that is trainable or merged; names it and the way out.
+    """
+    check_kind(weight, in_forward)
+    if weight.parameter.requires_grad:
+        raise ValueError(
+            f"{weight.path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or "
+            "leave it out with [{'modules': [...]}]"
+        )
+    if weight.adapter.is_merged(weight.layer):
+        raise ValueError(
+            f"{weight.path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
+            "training"
+        )
+
+
+def check_kind(weight: AdaptedWeight, in_forward: bool = False) -> None:
+    """Raise unless ``weight`` is here and of a kind that can be moved, be it trainable or merged.
+
+    Raises:
+        ValueError: a weight that is quantised, not loaded, of size 0, sharded flat or along its inputs, or offloaded; names
+            it and the way out.
     """
     parameter, path = weight.parameter, weight.path
     tensor = local(parameter) if isinstance(parameter, Tensor) else parameter
@@ -79,16 +98,6 @@ def check(weight: AdaptedWeight, in_forward: bool = False) -> None:
         raise ValueError(
             f"{path} is sharded along its inputs (tensor parallelism, or FSDP2 on transformers' Conv1D): its row norms "
             "are spread over the ranks. Shard it by its outputs, or leave it out with [{'modules': [...]}]"
-        )
-    if parameter.requires_grad:
-        raise ValueError(
-            f"{path} is trainable: flatopt perturbs frozen base weights. Freeze it with requires_grad_(False), or leave it "
-            "out with [{'modules': [...]}]"
-        )
-    if weight.adapter.is_merged(weight.layer):
-        raise ValueError(
-            f"{path} has its adapter merged into it. Call unmerge_adapter() on the model (or layer.unmerge()) before "
-            "training"
         )
     if getattr(weight.owner.__dict__.get("_hf_hook"), "offload", False):
         raise ValueError(f"{path} is offloaded by accelerate; load the model onto one device to train it")

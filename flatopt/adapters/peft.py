@@ -88,7 +88,7 @@ class Peft(Singleton):
         return is_tuner_layer(module)
 
     def weights(self, layer: Any, path: str) -> Iterator[AdaptedWeight]:
-        chain = _chain(layer)
+        chain = chain_of(layer)
         if family(layer) in NO_UPDATE and len(chain) == 1:
             return
         for link in chain:
@@ -161,7 +161,7 @@ class Peft(Singleton):
         if layer.merged_adapters:
             return True
         inner = layer._modules.get("base_layer")
-        return inner is not None and is_tuner_layer(inner) and any(link.merged for link in _chain(layer)[1:])
+        return inner is not None and is_tuner_layer(inner) and any(link.merged for link in chain_of(layer)[1:])
 
     def guarded_methods(self, layer: nn.Module) -> list[tuple[type, str]]:
         names = (
@@ -169,7 +169,7 @@ class Peft(Singleton):
             "unmerge",
             "update_layer",
         )  # the last makes an adapter, from W where its initialisation asks for it
-        methods = [(type(link), name) for link in _chain(layer) for name in names if hasattr(link, name)]
+        methods = [(type(link), name) for link in chain_of(layer) for name in names if hasattr(link, name)]
         found = [_tuners_utils().BaseTuner]
         for cls in found:  # older PEFT defines these methods in each of them
             found += [sub for sub in cls.__subclasses__() if sub not in found]
@@ -182,7 +182,7 @@ PEFT = Peft()
 # --- what lies under a layer --------------------------------------------------------------------------------------------
 
 
-def _chain(layer: Any) -> list[Any]:
+def chain_of(layer: Any) -> list[Any]:
     """``layer`` and the tuner layers inside it that adapt the same weight (PeftMixedModel), the outermost first."""
     chain, inner = [layer], layer._modules.get("base_layer")
     while inner is not None and is_tuner_layer(inner):
@@ -219,7 +219,7 @@ def _has(layer: Any, adapter: str) -> bool:
 
 
 def _update(layer: Any, weight: Tensor) -> WeightUpdate:
-    links = [_of_one(link, weight) for link in _chain(layer)]
+    links = [_of_one(link, weight) for link in chain_of(layer)]
     if len(links) == 1:
         return links[0]
     factors = tuple(term for link in links for term in link.factors)

@@ -2,8 +2,9 @@
 
 Every function takes ``(model, loss_fn, batches)``: ``loss_fn(model, batch)`` returns the batch's mean loss as a scalar
 tensor, and the loss measured is the mean over ``batches``, which are the same for every evaluation. The model is in eval
-mode while measured, with its PEFT adapters merged; afterwards its weights are what they were, bit for bit. The same ``seed``
-gives the same random directions, so that models of one architecture are compared along the same ones.
+mode while measured, with its PEFT adapters merged; afterwards its weights are what they were, bit for bit. An adapter that
+is switched off is left out, and an autocast region around the call is one around ``loss_fn`` alone. The same ``seed`` gives
+the same random directions, so that models of one architecture are compared along the same ones.
 
 A flat minimum need not generalise better (Andriushchenko et al., ICML 2023): these figures describe, they prove nothing.
 """

@@ -1,13 +1,15 @@
 """A model's loss as a function of some of its weights: where it is measured, and back again."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..adapters.checks import check_kind, check_lasting
+from ..adapters.peft import PEFT, chain_of
 from ..core.weight import AdaptedWeight, WeightUpdate, in_memory_order
 from ..ops.noise import normals_of_rows, row_keys, step_key, weight_key
 from ..ops.torch_backend import chunks
@@ -24,9 +26,18 @@ class Point:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, batches: list[Any], weights: "list[Tensor]", targets: "list[AdaptedWeight]"
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: list[Any],
+        weights: "list[Tensor]",
+        targets: "list[AdaptedWeight]",
+        autocasts: "list[torch.autocast]",
     ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
+        self._autocasts = autocasts
+        self._modules = list(model.modules())
+        self._merged = [target.adapter.is_merged(target.layer) for target in targets]
         self.weights = weights
         self._clean = [w.detach().clone() for w in weights]
 
@@ -34,7 +45,7 @@ class Point:
         """W' of weight ``index``, unmoved; with the adapter's part if the adapter is not merged into it."""
         clean = self._clean[index]
         value = clean.to(_work(clean), copy=True)
-        if self._targets and not self._targets[index].adapter.is_merged(self._targets[index].layer):
+        if self._targets and not self._merged[index]:
             rows, update = self._targets[index].rows(value), self._update(index)
             for B, A, scaling in update.factors:
                 rows += scaling * (B.detach().to(rows.dtype) @ A.detach().to(rows.dtype))
@@ -81,6 +92,7 @@ class Point:
         """Set every weight to its clean value plus ``offset_of(index)``; to the clean value if None."""
         for index, (weight, clean) in enumerate(zip(self.weights, self._clean)):
             weight.copy_(clean if offset_of is None else clean.to(_work(clean)) + offset_of(index))
+        torch.clear_autocast_cache()  # an autocast region around the measurement holds half-precision copies of them
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -116,13 +128,35 @@ class Point:
         return sums
 
     def _batch_loss(self, batch: Any, differentiable: bool = False) -> Tensor:
-        loss = self._loss_fn(self._model, batch)
+        try:
+            with ExitStack() as stack:
+                for autocast in self._autocasts:
+                    stack.enter_context(autocast)
+                loss = self._loss_fn(self._model, batch)
+        except Exception:
+            self._check_left_alone()  # the reason, where it has one: an optimizer's noise on weights that are measured
+            raise
+        self._check_left_alone()
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
             got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.80}"
             raise TypeError(f"loss_fn(model, batch) must return the batch's mean loss as a scalar tensor, got {got}")
         if differentiable and not loss.requires_grad:
             raise ValueError("loss_fn(model, batch) returned a loss without a graph: it must not detach, nor use no_grad")
         return loss.reshape(())
+
+    def _check_left_alone(self) -> None:
+        if any(module.training for module in self._modules):
+            restore_inside(self._model)
+            raise ValueError(
+                "loss_fn put the model into train mode, and flatness is measured in eval mode, without dropout or an "
+                "optimizer's noise: leave model.train() out of it"
+            )
+        for target, merged in zip(self._targets, self._merged):
+            if target.adapter.is_merged(target.layer) != merged:
+                raise ValueError(
+                    f"loss_fn {'un' if merged else ''}merged the adapter of {target.path} while W is moved (so does PEFT's "
+                    "disable_adapter()). Make outputs of the base model before, and pass them in the batches"
+                )
 
 
 @contextmanager
@@ -140,41 +174,109 @@ def at_weights(
         raise ValueError(f"space must be 'full' or 'adapter', got {space!r}")
     groups, _ = read_groups(model if targets is None else targets, {})
     found = [target for group in groups for target in group["targets"]]
+    if space == "full":
+        for target in found:
+            check_kind(target)
+            check_lasting(target)
     restore_inside(model)
-    layers = list(dict.fromkeys(target.layer for target in found))
+    kinds = {target.parameter.device.type for target in found}
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        if space == "adapter":
-            merged = [target.path for target in found if target.adapter.is_merged(target.layer)]
-            if merged:
-                raise ValueError(f"space='adapter', but the adapter of {merged[0]} is merged: call unmerge_adapter() first")
-            with _kept([p for layer in layers for p in layer.parameters() if p.requires_grad]) as weights:
-                if not weights:
-                    raise ValueError("space='adapter' found no trainable parameter: call requires_grad_() on the adapter's")
-                yield Point(model, loss_fn, batches, weights, [])
-        else:
-            with _merged(layers), _kept([target.parameter for target in found]) as weights:
-                yield Point(model, loss_fn, batches, weights, found)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.inference_mode(False), _full_precision(kinds) as autocasts:
+        try:
+            for module, _ in modes:
+                module.training = False  # in train(False) loralib's layers would merge, and come back with other bits
+            if space == "adapter":
+                with _kept(_adapter_parameters(found)) as weights:
+                    yield Point(model, loss_fn, batches, weights, [], autocasts)
+            else:
+                with _merged(found), _kept([target.parameter for target in found]) as weights:
+                    _refuse_rescaled(found)
+                    yield Point(model, loss_fn, batches, weights, found, autocasts)
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 @contextmanager
-def _merged(layers: "list[Any]") -> Iterator[None]:
+def _full_precision(kinds: "set[str]") -> "Iterator[list[torch.autocast]]":
+    """The library's own arithmetic without the caller's autocast, which is yielded, to be entered again by the loss."""
+    around = [kind for kind in sorted(kinds) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+    cached = torch.is_autocast_cache_enabled()
+    with ExitStack() as stack:
+        autocasts = [torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=cached) for kind in around]
+        for kind in around:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.clear_autocast_cache()  # of weights that merging is about to move
+        try:
+            yield autocasts
+        finally:
+            torch.clear_autocast_cache()
+
+
+def _adapter_parameters(targets: "list[AdaptedWeight]") -> "list[Tensor]":
+    for target in targets:
+        if target.adapter.is_merged(target.layer):
+            raise ValueError(f"space='adapter', but the adapter of {target.path} is merged: call unmerge_adapter() first")
+        if target.adapter is PEFT and all(link.disable_adapters for link in chain_of(target.layer)):
+            raise ValueError(
+                f"space='adapter', but the adapter of {target.path} is disabled: it has no part in the loss. Enable it, or "
+                "leave it out with targets=[{'modules': [...]}]"
+            )
+    layers = dict.fromkeys(target.layer for target in targets)
+    parameters: list[Tensor] = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("space='adapter' found no trainable parameter: call requires_grad_() on the adapter's")
+    return parameters
+
+
+def _refuse_rescaled(targets: "list[AdaptedWeight]") -> None:
+    for target in targets:
+        if not target.adapter.is_merged(target.layer):
+            (update,) = target.adapter.updates([target])
+            if update.row_norm is not None or update.alpha is not None:
+                raise ValueError(
+                    f"{target.path} is rescaled by its adapter (DoRA), which flatopt cannot merge: a move of W is another "
+                    "of W'. Measure a merged copy, its weights given as targets=[{'params': [...]}], or leave it out"
+                )
+
+
+def _to_merge(targets: "list[AdaptedWeight]") -> "dict[Any, str]":
+    """PEFT's layers to be merged, each with how errors call it: all on one weight, but for those whose adapters are off."""
+    found: dict[Any, str] = {}
+    for target in targets:
+        if target.adapter is not PEFT:
+            continue
+        for link in chain_of(target.layer):
+            if link.disable_adapters and link.merged:
+                raise ValueError(
+                    f"the adapter of {target.path} is merged and disabled, so that the next forward would unmerge it: call "
+                    "unmerge_adapter() first"
+                )
+            if not (link.disable_adapters or link.merged):
+                found[link] = target.path
+    return found
+
+
+@contextmanager
+def _merged(targets: "list[AdaptedWeight]") -> Iterator[None]:
     """PEFT layers with their adapters merged; afterwards unmerged, and their base layers' bits as they were."""
-    unmerged = [layer for layer in layers if hasattr(layer, "unmerge") and not layer.merged]
+    unmerged = _to_merge(targets)
     before = [
         (module, name, p, p.data, p.detach().clone())
-        for layer in unmerged
-        for module in layer.get_base_layer().modules()
+        for base in dict.fromkeys(layer.get_base_layer() for layer in unmerged)
+        for module in base.modules()
         for name, p in module._parameters.items()
         if p is not None
     ]
     try:
-        for layer in unmerged:
-            layer.merge()
+        for layer, path in unmerged.items():
+            try:
+                layer.merge()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{path}: PEFT cannot merge its adapter ({error}), and flatness is measured at merged weights. Leave it "
+                    "out: pass the other layers as targets=[{'modules': [...]}]"
+                ) from error
         yield
     finally:
         for layer in unmerged:

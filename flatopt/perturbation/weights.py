@@ -408,9 +408,18 @@ class PerturbedWeights:
 
 
 def restore_inside(module: nn.Module) -> None:
-    """Restore the weights of every optimizer that has some inside ``module``."""
+    """Restore the weights of every optimizer that has some inside ``module``.
+
+    Raises:
+        RuntimeError: amid a ``with optimizer.perturbed()``, which would put its noise on again at the next forward.
+    """
     for weights in list(_attached):
-        if weights.state != CLEAN and weights.lie_inside(module):
+        if (weights.state != CLEAN or weights.held) and weights.lie_inside(module):
+            if weights.held:
+                raise RuntimeError(
+                    f"{weights.weights()[0].path} is held at W + ε by `with optimizer.perturbed()`, and its clean value is "
+                    "asked for: do this outside of it"
+                )
             weights.restore()
 
 

@@ -269,23 +269,25 @@ def qat(trainer, optimizer, config, seed):
     return step
 
 
-def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator) -> Tensor:
-    """Uniform over one rounding step of a symmetric format, max|W'| / (2^(bits-1) - 1) in each group of ``group`` inputs."""
+def group_noise(merged: Tensor, group: int, bits: int, generator: torch.Generator, shape: str = "uniform") -> Tensor:
+    """Uniform over one rounding step of a symmetric format, max|W'| / (2^(bits-1) - 1) in each group of ``group`` inputs; or
+    Gaussian of the same std."""
     rows, fan_in = merged.shape
     filled = nn.functional.pad(merged, (0, -fan_in % group)).view(rows, -1, group)
     width = filled.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    u = torch.rand(filled.shape, device=merged.device, generator=generator).sub_(0.5)
+    draw = {"uniform": torch.rand, "gaussian": torch.randn}[shape](filled.shape, device=merged.device, generator=generator)
+    u = draw.sub_(0.5) if shape == "uniform" else draw.div_(math.sqrt(12))
     return u.mul_(width).view(rows, -1)[:, :fan_in]
 
 
 def group(trainer, optimizer, config, seed):
-    """Noise shaped like int4 by groups of 64: std = strength × step/√12."""
-    gradient = trainer.gradient()
+    """Noise shaped like int4 by groups of 64: std = strength × step/√12; uniform, or of the ``shape`` that is given."""
+    gradient, shape = trainer.gradient(), config.get("shape", "uniform")
     generator = torch.Generator(trainer.batch[0].device).manual_seed(seed)
 
     def step(number, batch):
         factor = config["strength"] * rising(number, config["steps"])
-        with trainer.moved([factor * group_noise(layer.merged(), 64, 4, generator) for layer in trainer.layers]):
+        with trainer.moved([factor * group_noise(layer.merged(), 64, 4, generator, shape) for layer in trainer.layers]):
             gradient_in(gradient, batch)
         optimizer.step()
 

@@ -55,7 +55,8 @@ FORMS = ("int4/32", "nf4/64", "int3/32")  # trained through these, besides int4
 
 def make_config(task, method: str, strength: float, lr: float, steps=1.0, weight_decay=0.0, ema=0.0, **others) -> dict:
     """The settings of a run; ``steps`` relative to the task's; among ``others`` a ``rank``, and a ``base`` that W is rounded
-    to while the adapter is trained and merged; of ``qat`` a ``form`` and a ``way``."""
+    to while the adapter is trained and merged; of ``qat`` a ``form`` and a ``way``, of
+    ``group`` a ``shape``."""
     return {
         "method": method,
         "strength": strength,
@@ -255,6 +256,7 @@ def label(config: dict, steps: int) -> str:
     parts += [f"{name.replace('_', ' ')} {config[name]:g}" for name in ("weight_decay", "ema", "rank") if config.get(name)]
     parts += [f"{config['steps']} steps"] if config["steps"] != steps else []
     parts += [f"base in {config['base']}"] if "base" in config else []
+    parts += [config["shape"]] if "shape" in config else []
     parts += [f"to {config['form']}"] if "form" in config else []
     parts += [f"way {config['way']}"] if "way" in config else []
     return ", ".join([*parts, f"lr {config['lr']:g}"])
@@ -272,6 +274,8 @@ def rows(task, chosen: dict) -> "list[dict]":
     found += [make_config(task, "plain", 0.0, equal, **control) for control in CONTROLS]
     for method in [m for m in ("group", "mixed", "qat") if m in lr]:
         found += [make_config(task, method, s, equal) for s in STRENGTHS[method]]
+    if "group" in lr:
+        found += [make_config(task, "group", s, equal, shape="gaussian") for s in (1.0, 1.5)]
     if "qat" in lr:
         found.append(make_config(task, "qat", 0.5, equal, way=0.7))
         found += [make_config(task, "qat", 0.25, equal, form=form) for form in FORMS]
@@ -288,7 +292,7 @@ def rows(task, chosen: dict) -> "list[dict]":
 def plain_of(config: dict, steps: int) -> dict:
     """What a row is held against: plain LoRA at the same lr, on the same base, at the same rank."""
     plain = {"method": "plain", "strength": 0.0, "steps": steps, "weight_decay": 0.0, "ema": 0.0}
-    return {key: value for key, value in config.items() if key not in ("form", "way")} | plain
+    return {key: value for key, value in config.items() if key not in ("form", "way", "shape")} | plain
 
 
 def main() -> None:

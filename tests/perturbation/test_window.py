@@ -178,62 +178,6 @@ def test_a_graph_from_before_perturbing_raises(model):
         loss.backward()
 
 
-def test_an_evaluation_amid_a_step_of_multihead_attention_is_clean_and_leaves_it_as_it_was():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attend, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
-
-        def forward(self, x):
-            return self.out(self.attend(x, x, x)[0])
-
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attend", "out"], init_lora_weights=False))
-    optimizer = wrap(model, lr=0.0)
-    targets = optimizer.perturb_groups[0]["targets"]
-    clean, x = [target.weight.clone() for target in targets], torch.randn(2, 3, 16)
-    with torch.no_grad():
-        expected = model.eval()(x)
-    model.train()
-    for _ in range(3):
-        loss = model(x).sum()
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
-        assert model(x).sum() == loss  # the second micro-batch has the first one's noise
-        loss.backward()
-        optimizer.step()
-        for target, before in zip(targets, clean):
-            torch.testing.assert_close(target.weight, before, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("restore", ["reversible", "copy"])
-@pytest.mark.parametrize("read", [lambda m: m.state_dict(), lambda m: m.eval()(torch.ones(2, 3, 16)) is m.train()])
-@pytest.mark.parametrize("end", ["step", "restore", "detach", "merge_and_unload"])
-def test_multihead_attention_comes_back_from_a_reader_without_another_forward(restore, read, end):
-    """PEFT makes its weight anew in each forward, in other memory than the one that was perturbed."""
-    from peft import LoraConfig, get_peft_model
-
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attend(x, x, x)[0]
-
-    model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attend"], init_lora_weights=False))
-    optimizer, x = wrap(model, lr=0.0, restore=restore), torch.randn(2, 3, 16)
-    with torch.no_grad():
-        expected = model.eval()(x)
-    model.train()(x).sum().backward()
-    with torch.no_grad():
-        read(model)
-    model = model.merge_and_unload() if end == "merge_and_unload" else getattr(optimizer, end)() or model
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("noise", ["filter", "layer", "int4"])
 def test_autocast_does_not_change_what_w_is_moved_by(noise):
     found, options = [], {"sigma": 1.0, "draws": "mixed"} if noise == "int4" else {"sigma": 0.3}

@@ -131,6 +131,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         check_draws(seed, draws)
         defaults = {"sigma": sigma, "schedule": schedule, "noise": noise, "restore": restore}
         self._seed, self._step, self._draw, self._draws = int(seed), 0, 0, draws
+        self._one_in = perturbed_one_in(draws)
         self.total_steps, self.shared = total_steps, shared
         self._told: set[str] = set()
         self.perturb_groups, self._roots = read_groups(targets, defaults)
@@ -148,13 +149,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
-        if perturbed_one_in(draws) > 1 and any(weight.adapter is RAW for weight in weights):
+        if self._one_in > 1 and any(weight.adapter is RAW for weight in weights):
             raise ValueError(
                 f"draws={draws!r} with raw parameters as targets: they have no forward that begins a micro-batch. Give the "
                 "modules that hold them"
             )
         refuse_overlapping(weights)
-        self._drawn, self._parts, self._rounding = False, set[int](), dict[int, str]()
+        self._drawn, self._parts = False, set[int]()
+        self._noises = {number: group["noise"] for number, group in enumerate(self.perturb_groups)}  # that were checked
         self._adopt(self.innermost.param_groups)
         if seed != 0:  # not the default
             self._warn_of_another_seed(int(seed))
@@ -294,9 +296,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._adopt(self.optimizer.param_groups)
         for number, group in enumerate(self.perturb_groups):
             check_group(group, self)
-            if group["noise"] not in NOISES and self._rounding.get(number) != group["noise"]:
-                self._check_rounding(group)
-                self._rounding[number] = group["noise"]
+            if group["noise"] != self._noises.get(number):
+                if group["noise"] not in NOISES:
+                    self._check_rounding(group)
+                self._noises[number] = group["noise"]
         self._warn_past_the_end()
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
@@ -307,7 +310,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "one step",
                 "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
             )
-        if self._draw % perturbed_one_in(self._draws):
+        if self._draw % self._one_in:
             sigmas = (0.0,) * len(sigmas)
         rank = 0 if self.shared else self._weights.data_parallel_rank()
         try:
@@ -406,12 +409,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
-        one_in, made = perturbed_one_in(self._draws), self._draw + 1
-        if self._drawn and made < one_in:
+        if self._drawn and (made := self._draw + 1) < self._one_in:
             self._warn_once(
                 "too few micro-batches",
                 f"draws={self._draws!r}, but a step had fewer micro-batches than that: one in {made} was perturbed. "
-                f"Accumulate over {one_in} or more (parts of the batch), or give another draws",
+                f"Accumulate over {self._one_in} or more (parts of the batch), or give another draws",
             )
         self._begin_draw()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
@@ -529,7 +531,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_seed",
             "_step",
             "_draws",
-            "_rounding",
+            "_one_in",
+            "_noises",
         )
         next_draw = self._draws != "step" and self._doors.backward_began
         own = {"perturb_groups": groups, "_draw": self._draw + 1 if next_draw else self._draw}
@@ -572,7 +575,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"sigma={group['sigma']:g} goes that share of the way to the weights rounded to {group['noise']}: pass "
                 "sigma=1 to train at the rounded ones",
             )
-        if perturbed_one_in(self._draws) == 1:
+        if self._one_in == 1:
             self._warn_once(
                 "rounded alone",
                 f"noise={group['noise']!r} in every forward fits the model to the rounded weights alone: it lost 11 to 36 "

@@ -44,8 +44,8 @@ def unsupported_reason(weight: AdaptedWeight, noise: str = "filter") -> "str | N
         instead = "Use restore='reversible' there"
     if isinstance(weight.parameter, Tensor) and is_sharded(weight.parameter):
         return f"it is sharded, and noise in the forward needs the whole weight. {instead}"
-    if weight.rebuilt or weight.layout == "experts" or hasattr(layer, "parameter_name"):
-        return f"{type(layer).__name__} reads it without calling {type(owner).__name__}.forward. {instead}"
+    if weight.by_layer and weight.adapter.name == "PEFT":  # of a user's own it is not known
+        return f"its adapter's layer reads it without calling {type(owner).__name__}.forward. {instead}"
     computed = computes(owner, form)
     if computed is None:
         return f"flatopt does not know what {type(owner).__name__}.forward does with it. {instead}"
@@ -66,6 +66,10 @@ def why_not_rounded(weight: AdaptedWeight) -> "str | None":
         return "its adapter rescales W + sBA (DoRA), so that the sum is not what is served. Train LoRA without use_dora"
     if any(type(variant).__name__.startswith("ALora") for variant in getattr(layer, "lora_variant", {}).values()):
         return "its adapter works on some of the tokens (aLoRA) and is not merged. Train plain LoRA"
+    if getattr(weight.owner, "groups", 1) > 1 and hasattr(layer, "lora_A"):
+        return "PEFT cannot merge LoRA on a grouped convolution. Leave that layer out"
+    if isinstance(weight.parameter, Tensor) and is_sharded(weight.parameter):
+        return "it is sharded (FSDP2, tensor parallelism), and rounding takes the whole weight. Train under DDP"
     if weight.rebuilt:
         return "PEFT's LoRA on nn.MultiheadAttention applies and merges other weights than it tells. Leave that layer out"
     return None

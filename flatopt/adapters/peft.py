@@ -19,6 +19,7 @@ ADDITIVE = {
     *("lora", "adalora", "adamss", "c3a", "delora", "fourierft", "gralora", "loha", "lokr", "osf", "psoft", "pvera"),
     *("randlora", "shira", "supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
 }
+BY_LAYER = {"shira", "supertuning"}  # their forward takes the base layer's weight and does not call it
 # They add to no weight matrix: a plain layer under them is left alone, as any layer without an adapter.
 NO_UPDATE = {"beft", "ia3", "ln_tuning", "road", "trainable_tokens"}
 REASONS = {
@@ -120,10 +121,11 @@ class Peft(Singleton):
         layout = "experts" if experts else "columns" if transposed(layer) else "rows"
         # nn.MultiheadAttention gets its weights made anew in each forward, as W + sBA - sBA; ParamWrapper's forward has
         # torch.nn.utils.parametrize set the weight
-        yield AdaptedWeight(base, name, joined(path, name), layer, self, layout, rebuilt=attention, version_moves=wrapper)
+        by_layer = attention or wrapper or family(layer) in BY_LAYER
+        yield AdaptedWeight(base, name, joined(path, name), layer, self, layout, attention, wrapper, by_layer)
         if attention and is_tuner_layer(base.out_proj):
             for weight in self.weights(base.out_proj, joined(path, "base_layer.out_proj")):
-                yield replace(weight, rebuilt=True)
+                yield replace(weight, rebuilt=True, by_layer=True)
 
     @torch.no_grad()
     def updates(self, weights: Sequence[AdaptedWeight]) -> list[WeightUpdate]:

@@ -64,7 +64,7 @@ class TorchBackend:
     def supports(self, view: WeightView, noise: str) -> str | None:
         dtype = rows_of(view).dtype
         if noise not in NOISES and is_sharded(view.weight.parameter):
-            return f"noise={noise!r} needs whole rows, and the weight is sharded"
+            return f"noise={noise!r} rounds whole weights, and it is sharded: use noise='filter', or train under DDP"
         return None if dtype in BITS else f"{dtype} is not fp32, bf16, fp16 or fp64"
 
     def plan(self, views: list[WeightView], noise: str, restore: str, group: Sequence[WeightView]) -> "TorchPlan":

@@ -23,6 +23,7 @@ from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import FORMAT, NOISES
 from ..perturbation.doors import Doors
+from ..perturbation.gradients import came_since, gradients_of
 from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
@@ -167,6 +168,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _attach(self) -> None:
         super()._attach()
         self._trains_others = weakref.WeakSet[Optimizer]()
+        # optimizers stepped since our own last step: how often, and our gradients then
+        self._beside = weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Any]]]()
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
@@ -176,14 +179,17 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             if (optimizer := myself()) is not None:
                 optimizer.perturb()
 
+        def is_over() -> bool:
+            return (optimizer := myself()) is not None and optimizer._micro_batch_is_over()
+
         def next_draw() -> None:
             if (optimizer := myself()) is not None:
-                optimizer.restore()
-                optimizer._draw += 1
+                optimizer._next_draw()
 
-        self._doors = Doors(self._weights, perturb, None if self._draws == "step" else next_draw)
+        self._gradients: list[Any] = []  # of some trained parameters, when the draw began
+        self._doors = Doors(self._weights, perturb, is_over, next_draw)
         weights = self._weights.weights()
-        owners = [weight.layer if weight.rebuilt or weight.version_moves else weight.owner for weight in weights]
+        owners = [weight.layer if weight.by_layer else weight.owner for weight in weights]
         listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
         listen_for_strangers(self._doors)
         handles: list[Any] = []
@@ -318,8 +324,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         finally:
             if self.is_perturbed:  # also where an interrupt waited until W was perturbed
                 self._drawn, self._parts = True, set()
-                trained = (p for group in self.innermost.param_groups for p in group["params"])
-                self._doors.unseen_steps.watch(next(trained, None))
+                self._doors.unseen_steps.watch(next(self._trained(), None))
+                if self._draws != "step":
+                    self._gradients = gradients_of(self._trained())
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
@@ -333,6 +340,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def perturbed(self) -> "Iterator[FlatPerturbOptimizer]":
         """W + ε for every forward inside, in eval mode and without gradients too; then as it was before."""
         before, was_held = self._weights.state, self._weights.held
+        if not was_held and self._micro_batch_is_over():
+            self._next_draw()
         self.perturb()
         self._weights.held = True
         try:
@@ -381,9 +390,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self.restore()
             self._warn_if_unseen(optimizer)
             return None
-        if self._draws != "step" and self._doors.backward_began:  # Lightning has only the last one in the closure
-            self.restore()
-            self._draw += 1
+        if self._micro_batch_is_over():
+            self._next_draw()  # Lightning has only the last micro-batch in the closure
         first = self._draw
 
         def evaluate() -> Any:
@@ -416,6 +424,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"Accumulate over {self._one_in} or more (parts of the batch), or give another draws",
             )
         self._begin_draw()
+        self._beside.clear()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
@@ -423,11 +432,21 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._adopt(self.optimizer.param_groups)
             self.step_count += 1
 
+    def _micro_batch_is_over(self) -> bool:
+        if self._draws == "step":
+            return False
+        return self._doors.backward_began or came_since(self._gradients, self._trained())
+
+    def _next_draw(self) -> None:
+        self.restore()
+        self._draw += 1
+        self._doors.backward_began, self._gradients = False, []
+
     def _begin_draw(self, draw: int = 0) -> None:
         if self._draw != draw:
             self._weights.restore(untouched=True)
             self._draw = draw
-        self._doors.backward_began = False
+        self._doors.backward_began, self._gradients = False, []
 
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
@@ -448,18 +467,23 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "and the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
             )
             return
-        beside = "trained beside"
-        if beside in self._told or any(p.grad is not None for group in inner.param_groups for p in group["params"]):
-            return  # where both train, ours will be stepped too
-        if theirs.isdisjoint(id(p) for root in self._roots for p in root.parameters()):
+        if optimizer not in self._beside and theirs.isdisjoint(id(p) for root in self._roots for p in root.parameters()):
             self._trains_others.add(optimizer)  # another model's: a discriminator's
             return
-        self._warn_once(
-            beside,
-            f"{type(optimizer).__name__} is stepped at base weights that FlatPerturbOptimizer perturbed, none of whose own "
-            "parameters has a gradient: they keep the same noise as long as its own step() does not come. If it is done "
-            "with, call its detach()",
-        )
+        times, before = self._beside.get(optimizer, (0, []))
+        gradients = gradients_of(self._trained())
+        self._beside[optimizer] = times + 1, gradients
+        # once a step of ours it may well be, and more often where ours accumulates gradients meanwhile
+        if times and (gradients == before or times == 100):
+            self._warn_once(
+                "trained beside",
+                f"{type(optimizer).__name__} was stepped {times + 1} times at base weights that FlatPerturbOptimizer "
+                "perturbed, each time at the same noise, as its own step() does not come. If it is done with, call its "
+                "detach()",
+            )
+
+    def _trained(self) -> "Iterator[torch.Tensor]":
+        return (p for group in self.innermost.param_groups for p in group["params"])
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
@@ -534,8 +558,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_one_in",
             "_noises",
         )
-        next_draw = self._draws != "step" and self._doors.backward_began
-        own = {"perturb_groups": groups, "_draw": self._draw + 1 if next_draw else self._draw}
+        own = {"perturb_groups": groups, "_draw": self._draw + self._micro_batch_is_over()}
         return {name: self.__dict__[name] for name in names} | own
 
     def __setstate__(self, state: "dict[str, Any]") -> None:
@@ -559,16 +582,20 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             if reason is not None:
                 raise ValueError(f"noise={group['noise']!r} cannot round {weight.path}: {reason}, or use noise='filter'")
         mine = {id(weight.parameter): weight for weight in group["targets"]}
+        tied: dict[str, str] = {}
         for root in self._roots:
             for module in root.modules():
                 for parameter in module._parameters.values():
                     weight = mine.get(id(parameter))
                     if weight is not None and module is not weight.owner:
-                        self._warn_once(
-                            f"tied: {weight.path}",
-                            f"{weight.path} is tied to a weight of {type(module).__name__}, which reads it too: it is "
-                            "rounded with the first one's adapter alone. Leave it out, or use noise='filter'",
-                        )
+                        tied[weight.path] = f"{weight.path} is tied to a weight of {type(module).__name__}"
+        if tied:
+            more = f" ({len(tied) - 3} more)" if len(tied) > 3 else ""
+            self._warn_once(
+                f"tied: {sorted(tied)}",
+                f"{'; '.join(list(tied.values())[:3])}{more}, which reads it too: it is rounded with the first one's "
+                "adapter alone. Leave it out, or use noise='filter'",
+            )
         if 0 < group["sigma"] < 0.5:
             self._warn_once(
                 "a short way",

@@ -28,12 +28,18 @@ class Calls(threading.local):
 
 
 class Doors:
-    """What the hooks of one optimizer share. ``perturb`` opens a step, ``next_draw`` ends a micro-batch's noise, if each is
-    to have its own; reached weakly: hooks keep no optimizer."""
+    """What the hooks of one optimizer share. ``perturb`` opens a step; ``is_over`` tells whether a micro-batch is whose
+    noise is its own, and ``next_draw`` ends it. They reach the optimizer weakly: hooks keep none."""
 
-    def __init__(self, weights: PerturbedWeights, perturb: Callable[[], Any], next_draw: Callable[[], Any] | None = None):
+    def __init__(
+        self,
+        weights: PerturbedWeights,
+        perturb: Callable[[], Any],
+        is_over: Callable[[], bool],
+        next_draw: Callable[[], Any],
+    ):
         self.weights: PerturbedWeights | None = weights
-        self.perturb, self.next_draw = perturb, next_draw
+        self.perturb, self.is_over, self.next_draw = perturb, is_over, next_draw
         self.backward_began = False  # since this was last set: the training forward after it is another micro-batch's
         self.calls = Calls()
         # roots run without gradients since the last step; whether by an autograd.Function (reentrant checkpointing)
@@ -61,14 +67,13 @@ class Doors:
         weights = self.weights
         assert weights is not None
         trains = trains or weights.held
-        anew = self.next_draw is not None and trains and self.backward_began and not weights.held
+        anew = trains and not weights.held and self.is_over()
         if trains is weights.noisy and not weights.partly and not anew:
             return
         refuse_transforms(module)
         running = [m for m in running_modules() if is_fsdp_module(m)] if is_distributed() else []
         with weights.gathered_again(running[::-1]):
-            if anew and self.next_draw is not None:
-                self.backward_began = False
+            if anew:
                 self.next_draw()
             self._move(module, trains)
 

@@ -313,3 +313,35 @@ def test_a_pickle_between_micro_batches_goes_on_with_the_next_draw(draws, after)
         loss_of(model, micro).backward()
         assert all(map(torch.equal, gradients(model), found[micro])), micro
         model.zero_grad()
+
+
+@pytest.mark.parametrize(("draws", "one_in"), [("micro-batch", 1), ("mixed", 2), ("mixed/4", 4)])
+@pytest.mark.parametrize("form", ["held", "kept on the module", "in a function", "seen by a hook"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_micro_batch_ends_wherever_its_loss_came_from(draws, one_in, form, zero, keys):
+    """Also where no loss was made from what the forward returned, and inside ``with optimizer.perturbed()``."""
+    model = lora_mlp()
+    inside = model.base_model.model
+    plain, seen, noisy = inside.forward, [], []
+    clean = inside.second.base_layer.weight.detach().clone()
+    inside.second.base_layer.register_forward_hook(lambda m, args, out: noisy.append(not torch.equal(m.weight, clean)))
+    inside.second.register_forward_hook(lambda m, args, out: seen.append(out))
+
+    def forward(x):
+        inside.kept = plain(x)
+        return {"kept on the module": inside.kept.detach(), "in a function": [lambda: inside.kept]}.get(form, inside.kept)
+
+    inside.forward = forward
+    optimizer = wrap(model, draws=draws)
+    for step in range(2):
+        if zero:
+            optimizer.zero_grad(set_to_none=step == 0)
+        for micro in range(4):
+            with optimizer.perturbed() if form == "held" else contextlib.nullcontext():
+                output = model(batch(seed=micro)[0])
+                loss = {"held": output, "seen by a hook": seen[-1]}.get(form, inside.kept)
+                loss.square().mean().backward()
+        optimizer.step()
+    assert noisy == [micro % one_in == 0 for micro in range(4)] * 2
+    asked = [(step, draw) for step in range(2) for draw in range(4)]
+    assert [key for key in keys if key[1] % one_in == 0] == [key for key in asked if key[1] % one_in == 0]

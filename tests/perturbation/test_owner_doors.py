@@ -8,8 +8,8 @@ from torch import nn
 from flatopt import FlatPerturbOptimizer, register_low_rank
 
 
-def flat(parameters, targets):
-    return FlatPerturbOptimizer(torch.optim.SGD(parameters, lr=0.1), targets, sigma=0.2, schedule="constant")
+def flat(parameters, targets, **options):
+    return FlatPerturbOptimizer(torch.optim.SGD(parameters, lr=0.1), targets, sigma=0.2, schedule="constant", **options)
 
 
 def test_backward_finds_its_weights_again_after_a_reader():
@@ -108,6 +108,70 @@ def of_attention():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
     return peft.get_peft_model(Holds(nn.MultiheadAttention(16, 2), lambda layer, x: layer(x, x, x)[0]), config)
+
+
+class Own(nn.Module):
+    """Reads the weight of a layer inside it that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.up, self.down = nn.Linear(16, 8).requires_grad_(False), nn.Linear(2, 8), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.linear.weight + self.up.weight @ self.down.weight)
+
+
+register_low_rank(Own, base=lambda m: m.linear.weight, delta=lambda m: (m.up.weight, m.down.weight, 1.0))
+
+
+def of_ones_own():
+    return Holds(Own(), lambda layer, x: layer(x))
+
+
+def of_a_tuner(name):
+    def make():
+        peft = pytest.importorskip("peft")
+        if not hasattr(peft, f"{name}Config"):
+            pytest.skip(f"this PEFT has no {name}")
+        kwargs = {"r": 2, "init_weights": False} if name == "Shira" else {}
+        config = getattr(peft, f"{name}Config")(target_modules=["layer"], **kwargs)
+        return peft.get_peft_model(Holds(nn.Linear(16, 8), lambda layer, x: layer(x)), config)
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:.*hooks.* set which will be ignored")
+@pytest.mark.parametrize("restore", ["reversible", "copy"])
+@pytest.mark.parametrize("make", [of_ones_own, of_a_tuner("Shira"), of_a_tuner("Supertuning")])
+def test_a_layer_that_reads_a_weight_without_calling_its_owner(make, restore):
+    x, found = torch.randn(4, 16), []
+    for inner in (lambda model: model, lambda model: getattr(getattr(model, "base_model", model), "model", model).layer):
+        torch.manual_seed(0)
+        model = make()
+        door = inner(model)
+        with torch.no_grad():
+            want = door.eval()(x)
+        before, optimizer = frozen(model), flat(trainable(model), model, restore=restore)
+        for _ in range(2):
+            y = door.train()(x)
+            assert not torch.allclose(y, want, atol=1e-3)
+            for reader in (inner(model), model):
+                with torch.no_grad():
+                    torch.testing.assert_close(reader.eval()(x), want)
+                reader.train()
+            y.square().mean().backward()
+        found.append([p.grad.clone() for p in trainable(model) if p.grad is not None])
+        assert found[-1]
+        optimizer.step()
+        assert not changed(model, before)
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tuner_that_does_not_call_the_base_layer_cannot_have_its_noise_there():
+    model = of_a_tuner("Shira")()
+    with pytest.raises(ValueError, match=r"reads it without calling Linear\.forward"):
+        flat(trainable(model), model, restore="forward")
 
 
 @pytest.mark.parametrize("make", [of_experts, of_attention])

@@ -225,8 +225,9 @@ def test_a_finished_optimizer_keeps_no_model():
     assert optimizer.is_perturbed
 
 
+@pytest.mark.parametrize("zeroed", ["before", "after", "in place"])
 @pytest.mark.parametrize("what", ["the next adapter", "a head", "another model"])
-def test_who_trains_beside_an_optimizer_that_is_done_with_is_told_once(what):
+def test_who_trains_beside_an_optimizer_that_is_done_with_is_told_once(what, zeroed):
     from peft import LoraConfig
 
     model = lora_mlp(modules_to_save=["head"])
@@ -237,9 +238,13 @@ def test_who_trains_beside_an_optimizer_that_is_done_with_is_told_once(what):
     def backward(through=lambda out: out):
         nn.functional.cross_entropy(through(model(x)), y).backward()
 
-    backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for _ in range(2):
+        if zeroed == "before":
+            optimizer.zero_grad()  # so that the last gradients stay
+        backward()
+        optimizer.step()
+        if zeroed != "before":
+            optimizer.zero_grad(set_to_none=zeroed == "after")
     through = nn.Linear(5, 5)
     for parameter in trainable(model):
         parameter.requires_grad_(False)
@@ -258,20 +263,62 @@ def test_who_trains_beside_an_optimizer_that_is_done_with_is_told_once(what):
             beside.zero_grad()
         said += [str(w.message) for w in caught]
     assert len(said) == (what != "another model"), said
-    assert all("none of whose own parameters has a gradient" in each and "call its detach()" in each for each in said)
+    assert all("SGD was stepped 2 times" in each and "call its detach()" in each for each in said)
 
 
-def test_who_trains_the_head_beside_a_training_adapter_is_not_told():
+@pytest.mark.parametrize("freeze", [False, True])
+def test_who_trains_the_head_first_is_told(freeze):
+    """Linear probing, when the adapter's optimizer is there already, its parameters frozen meanwhile or not."""
     model = lora_mlp(modules_to_save=["head"])
     adapter = [p for name, p in model.named_parameters() if "lora_" in name]
     optimizer = FlatPerturbOptimizer(torch.optim.SGD(adapter, lr=0.1), model, sigma=0.2, schedule="constant")
     beside = torch.optim.SGD([p for name, p in model.named_parameters() if "modules_to_save" in name], lr=0.1)
+    for parameter in adapter:
+        parameter.requires_grad_(not freeze)
     x, y = batch()
+    said = []
+    for _ in range(102):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            nn.functional.cross_entropy(model(x), y).backward()
+            beside.step()
+            beside.zero_grad()
+        said += [str(w.message) for w in caught]
+    assert [f"SGD was stepped {2 if freeze else 101} times" in each for each in said] == [True]
+    optimizer.detach()
+
+
+@pytest.mark.parametrize("first", ["beside", "ours"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_who_trains_the_head_beside_a_training_adapter_is_not_told(first, accumulate, hidden):
+    """Also where the other optimizer steps at every micro-batch, or gradients are handed over without ``.grad``."""
+    model = lora_mlp(modules_to_save=["head"])
+    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    head = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(adapter, lr=0.1), model, sigma=0.2, schedule="constant")
+    beside = torch.optim.SGD(head, lr=0.1)
+    x, y = batch()
+
+    def ours():
+        if hidden:
+            for parameter, gradient in zip(adapter, gradients):
+                parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for first, second in ((beside, optimizer), (optimizer, beside)) * 2:
-            nn.functional.cross_entropy(model(x), y).backward()
-            first.step()
-            second.step()
-            optimizer.zero_grad()
+        for micro in range(8):
+            loss, last = nn.functional.cross_entropy(model(x), y), micro % accumulate == accumulate - 1
+            if hidden:
+                *gradients, w, b = torch.autograd.grad(loss, [*adapter, *head])
+                head[0].grad, head[1].grad = w, b
+            else:
+                loss.backward()
+            if first == "ours" and (last or hidden):
+                ours()
+            beside.step()
             beside.zero_grad()
+            if first == "beside" and (last or hidden):
+                ours()

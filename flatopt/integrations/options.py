@@ -3,8 +3,7 @@
 from typing import Any
 
 from ..core.warn import warn_user
-from ..optimizers.draws import check_draws
-from ..optimizers.flat import check_group
+from ..optimizers.settings import check_draws, check_group
 
 
 def checked(**options: Any) -> "dict[str, Any]":

@@ -1,6 +1,5 @@
 """The optimizer wrapper: the one line that changes."""
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,20 +17,21 @@ from ..adapters.guards import guard
 from ..adapters.quantized import format_of
 from ..adapters.raw import RAW
 from ..adapters.registry import as_plain_data, find_weights, from_plain_data
-from ..core.arguments import is_number, is_whole
+from ..core.arguments import is_whole
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
-from ..ops import FORMAT, NOISES
+from ..ops import NOISES
 from ..perturbation.doors import Doors
 from ..perturbation.gradients import came_since, gradients_of
 from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
 from ..perturbation.strangers import find_strangers, listen_for_strangers
-from ..perturbation.weights import CLEAN, PERTURBED, RESTORES, SUSPENDED, PerturbedWeights
-from .draws import check_draws, perturbed_one_in
+from ..perturbation.weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 from .groups import read_groups
-from .schedule import SCHEDULES, Schedule, factor
+from .others import OtherOptimizers, chain_of
+from .schedule import Schedule, factor
+from .settings import check_draws, check_group, perturbed_one_in
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
@@ -123,7 +123,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         shared: bool = False,
     ):
         self._wrap(optimizer)
-        if any(isinstance(layer, FlatPerturbOptimizer) for layer in _chain(optimizer)):
+        if any(isinstance(layer, FlatPerturbOptimizer) for layer in chain_of(optimizer)):
             raise TypeError(
                 "optimizer is a FlatPerturbOptimizer already, or wraps one (a notebook cell run twice? "
                 "accelerator.prepare after wrapping?). Wrap the bare optimizer; for several kinds of noise, pass several "
@@ -167,9 +167,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _attach(self) -> None:
         super()._attach()
-        self._trains_others = weakref.WeakSet[Optimizer]()
-        # optimizers stepped since our own last step: how often, and our gradients then
-        self._beside = weakref.WeakKeyDictionary[Optimizer, tuple[int, list[Any]]]()
+        self._others = OtherOptimizers(self._roots)
         self._weights = PerturbedWeights(self.perturb_groups, self._roots)
         self._take_over()
         self._weights.attach()
@@ -424,7 +422,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"Accumulate over {self._one_in} or more (parts of the batch), or give another draws",
             )
         self._begin_draw()
-        self._beside.clear()
+        self._others.note_own_step()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
         self._parts.add(_first_parameter(optimizer))
         if self._drawn:  # a step without a forward (ZeRO's second group, DCP filling the state) used up no draw
@@ -449,38 +447,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._doors.backward_began, self._gradients = False, []
 
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Say so where amid a step an optimizer is stepped that has our parameters and is not ours."""
-        subject = "another optimizer"
         # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
         self._doors.first_pass.read = {}
-        if self._weights.state == CLEAN or not isinstance(optimizer, Optimizer) or optimizer in self._trains_others:
-            return
-        inner = self.innermost
-        if inner in _chain(optimizer) or optimizer in _chain(self) or _step_is_running(self, inner):
-            return
-        mine, theirs = ({id(p) for group in o.param_groups for p in group["params"]} for o in (inner, optimizer))
-        if mine & theirs:
-            self._warn_once(
-                subject,
-                f"{type(optimizer).__name__} is stepped, which has parameters of the {type(inner).__name__} that "
-                "FlatPerturbOptimizer wraps: that step is not seen, so the base weights stay perturbed by the same noise "
-                "and the schedule stands still. Wrap the optimizer that is stepped, and detach() this one",
-            )
-            return
-        if optimizer not in self._beside and theirs.isdisjoint(id(p) for root in self._roots for p in root.parameters()):
-            self._trains_others.add(optimizer)  # another model's: a discriminator's
-            return
-        times, before = self._beside.get(optimizer, (0, []))
-        gradients = gradients_of(self._trained())
-        self._beside[optimizer] = times + 1, gradients
-        # once a step of ours it may well be, and more often where ours accumulates gradients meanwhile
-        if times and (gradients == before or times == 100):
-            self._warn_once(
-                "trained beside",
-                f"{type(optimizer).__name__} was stepped {times + 1} times at base weights that FlatPerturbOptimizer "
-                "perturbed, each time at the same noise, as its own step() does not come. If it is done with, call its "
-                "detach()",
-            )
+        if self._weights.state != CLEAN and "others" not in self._told:
+            warning = self._others.warning_of_step(optimizer, self, self.innermost)
+            if warning is not None:
+                self._warn_once("others", warning)
 
     def _trained(self) -> "Iterator[torch.Tensor]":
         return (p for group in self.innermost.param_groups for p in group["params"])
@@ -703,29 +675,6 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
             release()
 
 
-def _chain(optimizer: Any) -> "list[Any]":
-    """An optimizer and those it wraps, the outermost first."""
-    chain: list[Any] = []
-    while optimizer is not None and optimizer not in chain:
-        chain.append(optimizer)
-        held = optimizer.__dict__
-        optimizer = held.get("optimizer", held.get("_base_optimizer"))
-    return chain
-
-
-def _step_is_running(*optimizers: Optimizer) -> bool:
-    """Whether the step of one of these, with torch's hooks around it, is what called: then its parts step in it."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _HOOKED_STEP and any(frame.f_locals.get("self") is optimizer for optimizer in optimizers):
-            return True
-        frame = frame.f_back
-    return False
-
-
-_HOOKED_STEP = Optimizer.profile_hook_step(len).__code__
-
-
 def _first_parameter(optimizer: Optimizer) -> int:
     return next((id(p) for group in optimizer.param_groups for p in group["params"]), 0)
 
@@ -735,36 +684,3 @@ def _check_forward(weight: AdaptedWeight, group: "dict[str, Any]") -> None:
         reason = unsupported_reason(weight, group["noise"])
         if reason is not None:
             raise ValueError(f"{weight.path} cannot get its noise in the forward: {reason}")
-
-
-def check_group(group: "dict[str, Any]", optimizer: "FlatPerturbOptimizer | None" = None) -> None:
-    """Raise for settings that do not fit; with ``optimizer``, also where its schedule has no length yet."""
-    sigma, schedule = group["sigma"], group["schedule"]
-    if not (is_number(sigma) and sigma >= 0):
-        raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-    if not callable(schedule) and schedule not in list(SCHEDULES):
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a callable, got {schedule!r}")
-    if optimizer is not None and schedule != "constant" and optimizer.total_steps is None:
-        raise ValueError(
-            f"schedule {schedule!r} needs total_steps, the number of optimizer steps of the whole training: pass "
-            "total_steps=epochs * len(loader) // accumulation, set optimizer.total_steps before the first forward, or use "
-            "schedule='constant'"
-        )
-    noise, restore = group["noise"], group["restore"]
-    if restore not in list(RESTORES):
-        raise ValueError(f"restore must be one of {', '.join(RESTORES)}, got {restore!r}")
-    if noise in NOISES:
-        return
-    if not (isinstance(noise, str) and FORMAT.fullmatch(noise)):
-        raise ValueError(
-            f"noise must be one of {', '.join(NOISES)}, or a format to round to such as 'int4/32' or 'nf4/64', got {noise!r}"
-        )
-    if sigma > 1:
-        raise ValueError(
-            f"sigma={sigma:g}, but noise={noise!r} goes sigma of the way to the rounded weights: give at most 1"
-        )
-    if restore != "copy":
-        raise ValueError(
-            f"noise={noise!r} rounds the weights, from which they cannot be had back: pass restore='copy', which keeps a "
-            "clean copy of each"
-        )

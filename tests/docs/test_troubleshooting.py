@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+WARN = ("warnings.warn", "warn_user", "self._warn_once", "self._warn")
 ROOT = Path(__file__).parents[2]
 INTERNAL = (  # not for users: wrong use of one part of the library by another
     "was not looked at in this step",
@@ -31,9 +32,9 @@ def messages():
             call = None
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call = node.exc
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "self._warn"):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN:
                 call = node
-            for argument in call.args if call is not None else ():
+            for argument in call.args[ast.unparse(call.func) == "self._warn_once" :] if call is not None else ():
                 message = text(argument)
                 if len(message.replace("…", "")) > 20:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", message

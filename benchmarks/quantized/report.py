@@ -149,7 +149,8 @@ def equal_accuracy(named: "dict[str, dict[int, dict]]", lr: float) -> "list[tupl
     for name in named:
         if name.startswith("group") and name.endswith(f", lr {lr:g}"):
             nearest = min((flat for flat in flats if flat in named), key=lambda flat: abs(accuracy(flat) - accuracy(name)))
-            found.append((f"{name.split(',')[0]} against {nearest.split(',')[0]}", named[name], named[nearest]))
+            names = (each.rpartition(", lr ")[0] for each in (name, nearest))
+            found.append((" against ".join(names), named[name], named[nearest]))
     return found
 
 
@@ -238,7 +239,7 @@ def write(results: Path, tasks: "list[str]") -> None:
         if not store.chosen:
             continue
         text.append(f"## {TITLES[name]}\n\n{', '.join(f'{k} {v}' for k, v in store.environment.items())}")
-        error = next(iter(store.runs.values()))["metrics"]["error"]
+        error = next(run["metrics"]["error"] for run in store.runs.values() if "base" not in run["config"])
         text.append(
             "Rounding's relative rms error of the merged weights, which is the σ of noise as large: "
             + ", ".join(f"{form} {error[form]:.3f}" for form in FORMATS)

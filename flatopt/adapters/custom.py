@@ -85,9 +85,8 @@ class Custom(Singleton):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         owner, name, inner = _owner(layer, base, path)
-        yield AdaptedWeight(
-            owner, name, joined(path, inner), layer, self, low_rank.layout(layer), by_layer=owner is not layer
-        )
+        inside = owner is not layer and any(module is owner for module in layer.modules())
+        yield AdaptedWeight(owner, name, joined(path, inner), layer, self, low_rank.layout(layer), by_layer=inside)
 
     @torch.no_grad()
     def updates(self, weights: Sequence[AdaptedWeight]) -> list[WeightUpdate]:

@@ -66,7 +66,7 @@ def why_not_rounded(weight: AdaptedWeight) -> "str | None":
         return "its adapter rescales W + sBA (DoRA), so that the sum is not what is served. Train LoRA without use_dora"
     if any(type(variant).__name__.startswith("ALora") for variant in getattr(layer, "lora_variant", {}).values()):
         return "its adapter works on some of the tokens (aLoRA) and is not merged. Train plain LoRA"
-    if getattr(weight.owner, "groups", 1) > 1 and hasattr(layer, "lora_A"):
+    if weight.adapter.name == "PEFT" and getattr(weight.owner, "groups", 1) > 1 and hasattr(layer, "lora_A"):
         return "PEFT cannot merge LoRA on a grouped convolution. Leave that layer out"
     if isinstance(weight.parameter, Tensor) and is_sharded(weight.parameter):
         return "it is sharded (FSDP2, tensor parallelism), and rounding takes the whole weight. Train under DDP"

@@ -39,7 +39,8 @@ class AdaptedWeight:
     ``path``: how errors name it. ``adapter``: what tells the layer's update. ``layout``: where the outputs are, see OUTPUTS.
     ``rebuilt``: a new parameter after each forward (PEFT on nn.MultiheadAttention), so only a copy can restore it.
     ``version_moves``: its version counter moves in every forward (PEFT's ParamWrapper), so it tells nothing of writes.
-    ``by_layer``: the layer's forward reads it, or may, without calling the owner's, so the layer is listened to as well.
+    ``by_layer``: the owner is part of the layer, whose forward reads it, or may, without calling the owner's, so the layer
+    is listened to as well.
     """
 
     owner: nn.Module

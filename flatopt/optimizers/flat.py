@@ -187,8 +187,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._gradients: list[Any] = []  # of some trained parameters, when the draw began
         self._doors = Doors(self._weights, perturb, is_over, next_draw)
         weights = self._weights.weights()
-        owners = [weight.layer if weight.by_layer else weight.owner for weight in weights]
-        listen(self._doors, self._roots, list(dict.fromkeys([*owners, *(weight.owner for weight in weights)])))
+        self._adapters = {id(p) for weight in weights for p in weight.layer.parameters()}
+        listen(self._doors, self._roots, weights)
         listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost
@@ -324,7 +324,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self._drawn, self._parts = True, set()
                 self._doors.unseen_steps.watch(next(self._trained(), None))
                 if self._draws != "step":
-                    self._gradients = gradients_of(self._trained())
+                    self._gradients = gradients_of(self._trained_adapters())
 
     def restore(self) -> None:
         """Put W back, bit for bit. Idempotent; ``step()`` does this by itself.
@@ -433,7 +433,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _micro_batch_is_over(self) -> bool:
         if self._draws == "step":
             return False
-        return self._doors.backward_began or came_since(self._gradients, self._trained())
+        return self._doors.backward_began or came_since(self._gradients, self._trained_adapters())
 
     def _next_draw(self) -> None:
         self.restore()
@@ -456,6 +456,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _trained(self) -> "Iterator[torch.Tensor]":
         return (p for group in self.innermost.param_groups for p in group["params"])
+
+    def _trained_adapters(self) -> "Iterator[torch.Tensor]":
+        return (p for p in self._trained() if id(p) in self._adapters)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped optimizer's ``zero_grad``. Says nothing about W: many loops call it between forward and backward."""
@@ -527,14 +530,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_seed",
             "_step",
             "_draws",
-            "_one_in",
-            "_noises",
         )
         own = {"perturb_groups": groups, "_draw": self._draw + self._micro_batch_is_over()}
         return {name: self.__dict__[name] for name in names} | own
 
     def __setstate__(self, state: "dict[str, Any]") -> None:
         groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]
+        self._one_in = perturbed_one_in(state["_draws"])
+        self._noises = {number: group["noise"] for number, group in enumerate(groups)}
         super().__setstate__(state | {"perturb_groups": groups})
 
     def __repr__(self) -> str:

@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 
 from ..perturbation.gradients import gradients_of
 
-OFTEN = 100  # steps of another between two of ours: more micro-batches than anybody accumulates
+# steps of another between two of ours: more than a critic takes for one of the generator, while our gradients stand still;
+# and more micro-batches than anybody accumulates
+STILL, OFTEN = 20, 100
 
 
 class Since(NamedTuple):
@@ -48,8 +50,7 @@ class OtherOptimizers:
         since = self._since.get(other, Since())
         gradients = gradients_of(p for group in inner.param_groups for p in group["params"])
         self._since[other] = Since(since.times + 1, gradients)
-        # once a step of ours it may well be, and more often where ours accumulates gradients meanwhile
-        if gradients != since.gradients and since.times < OFTEN:
+        if since.times + 1 < (STILL if gradients == since.gradients else OFTEN):
             return None
         return (
             f"{name} was stepped {since.times + 1} times at base weights that FlatPerturbOptimizer perturbed, each time at "
@@ -62,7 +63,7 @@ def chain_of(optimizer: Any) -> "list[Any]":
     chain: list[Any] = []
     while optimizer is not None and optimizer not in chain:
         chain.append(optimizer)
-        held = optimizer.__dict__
+        held = getattr(optimizer, "__dict__", {})
         optimizer = held.get("optimizer", held.get("_base_optimizer"))
     return chain
 

@@ -62,12 +62,12 @@ class Doors:
 
     # --- what a forward wants ---------------------------------------------------------------------------------------
 
-    def settle(self, module: nn.Module, trains: bool) -> None:
-        """Bring W to what a forward of ``module`` needs: W + ε if it trains, W if not."""
+    def settle(self, module: nn.Module, trains: bool, within: bool = False) -> None:
+        """Bring W to what a forward of ``module`` needs: W + ε if it trains, W if not; ``within`` a root, asked before."""
         weights = self.weights
         assert weights is not None
         trains = trains or weights.held
-        anew = trains and not weights.held and self.is_over()
+        anew = trains and not within and not weights.held and self.is_over()
         if trains is weights.noisy and not weights.partly and not anew:
             return
         refuse_transforms(module)

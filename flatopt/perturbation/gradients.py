@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.sharding import local
 
-FEW = 8  # parameters asked: a backward reaches all that train, and these are asked at each forward
+FEW = 4  # parameters asked: a backward reaches all that train, and these are asked at each forward
 
 
 def gradients_of(parameters: "Iterable[Tensor]") -> "list[Any]":

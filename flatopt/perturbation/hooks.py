@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..adapters.registry import adapter_of
 from ..core.sharding import is_fsdp_module
+from ..core.weight import AdaptedWeight
 from .doors import Doors
 from .noisy_layers import installed
 from .stack import (
@@ -180,11 +181,17 @@ class AfterRoot(Hook):
 
 
 class BeforeOwner(Hook):
+    """Also on a layer around an owner, whose mode then counts: both must give one answer."""
+
+    def __init__(self, doors: Doors, owner: "nn.Module | None" = None):
+        super().__init__(doors)
+        self.owner = owner
+
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
         if doors is None or doors.weights is None or exported(doors):
             return
-        trains = torch.is_grad_enabled() and module.training
+        trains = torch.is_grad_enabled() and (module if self.owner is None else self.owner).training
         if torch.compiler.is_compiling():
             # code is kept for each answer; only where no root around it has made W what it should be does the graph break
             follows_root = doors.within and not trains and torch.is_grad_enabled()
@@ -205,9 +212,10 @@ class BeforeOwner(Hook):
             if doors.in_backward(module) and not compiled:
                 doors.read_this_once(module)
             return
-        trains, around = module.training and torch.is_grad_enabled(), enclosing_forward(doors.calls.trains)
+        trains = (module if self.owner is None else self.owner).training and torch.is_grad_enabled()
+        around = enclosing_forward(doors.calls.trains)
         new = installed(module) is None
-        doors.settle(module, trains if around is None else around)
+        doors.settle(module, trains if around is None else around, within=around is not None)
         if new and installed(module) is not None:
             _answer_anew(module)
         doors.trained = doors.trained or weights.noisy
@@ -265,8 +273,11 @@ class ProcessWide:
             cls._ended.pop().remove()
 
 
-def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Module]") -> None:
-    """Register the hooks on the modules whose forward opens a step and on those that hold the weights."""
+def listen(doors: Doors, roots: "Iterable[nn.Module]", weights: "list[AdaptedWeight]") -> None:
+    """Register the hooks on the modules whose forward opens a step, on those that hold the weights, and on the layers that
+    may read them without calling these."""
+    inside = {weight.layer: weight.owner for weight in reversed(weights) if weight.by_layer}
+    owners = [*inside, *(weight.owner for weight in weights)]
     before, after, clean_first = BeforeRoot(doors), AfterRoot(doors), CleanFirst(doors)
     for root in roots:
         # prepended: FSDP gathers the weights in hooks of its own, and must gather perturbed ones
@@ -278,7 +289,7 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", owners: "Iterable[nn.Modu
     for owner in dict.fromkeys((*owners, *tied)):
         doors.owners.add(owner)
         if owner not in roots:
-            doors.handles.append(owner.register_forward_pre_hook(BeforeOwner(doors), prepend=True))
+            doors.handles.append(owner.register_forward_pre_hook(BeforeOwner(doors, inside.get(owner)), prepend=True))
         doors.handles += clean_copies(owner, clean_first)
     myself = weakref.ref(doors)
 

@@ -345,3 +345,26 @@ def test_a_micro_batch_ends_wherever_its_loss_came_from(draws, one_in, form, zer
     assert noisy == [micro % one_in == 0 for micro in range(4)] * 2
     asked = [(step, draw) for step in range(2) for draw in range(4)]
     assert [key for key in keys if key[1] % one_in == 0] == [key for key in asked if key[1] % one_in == 0]
+
+
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed", "mixed/3"])
+def test_an_auxiliary_backward_between_two_forwards_ends_no_micro_batch(draws, keys):
+    """What it reaches is trained by the same optimizer, and is no part of an adapter."""
+    model, probe = lora_mlp(), nn.Linear(5, 5)
+    parameters = [*probe.parameters(), *trainable(model)]
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(parameters, lr=0.1), model, sigma=0.2, schedule="constant", draws=draws, restore="copy"
+    )
+    (x, y), clean, noises = batch(), frozen(model), []
+    for _ in range(2):
+        first = model(x)
+        noises.append(frozen(model))
+        nn.functional.cross_entropy(probe(first.detach()), y).backward()
+        second = model(x)
+        assert torch.equal(first, second)
+        assert not changed(model, noises[-1])
+        (first * second).sum().backward()
+    optimizer.step()
+    assert changed(model, noises[0])
+    assert not changed(model, clean)
+    assert sorted(set(keys))[0] == (0, 0)

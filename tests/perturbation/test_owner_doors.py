@@ -234,3 +234,36 @@ def test_noise_in_the_forward_asked_for_amid_a_run_is_there_in_a_layers_first_di
             assert not torch.equal(layer(x), found[-1][0])
     for y in (*found[0], found[1][1]):
         torch.testing.assert_close(y, found[1][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_adapter_inside_the_forward_of_a_layer_outside_of_it_leaves_the_answer_to_that_layer(mode):
+    """Nobody calls the adapters' network, which stays in train mode; the base is put into eval mode, gradients on."""
+
+    class Beside(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.up, self.down = [layer.requires_grad_(False)], nn.Linear(2, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.up(self.down(x))
+
+    class Base(nn.Linear):
+        def forward(self, x):
+            y = self.beside[0](x)
+            self.seen = self.weight.detach().clone()
+            return y + super().forward(x)
+
+    register_low_rank(Beside, base=lambda m: (m.layer[0], "weight"), delta=lambda m: (m.up.weight, m.down.weight, 1.0))
+    base = nn.Sequential(Base(16, 16), Base(16, 16))
+    adapters = nn.ModuleList(map(Beside, base))
+    for layer, adapter in zip(base, adapters):
+        layer.beside = [adapter]
+    clean = [layer.weight.detach().clone() for layer in base]
+    optimizer, x = flat(trainable(adapters), adapters), torch.randn(4, 16)
+    base.train()(x).sum().backward()
+    getattr(base, mode)()(x)
+    for layer, before in zip(base, clean):
+        assert torch.equal(layer.seen, before) is (mode == "eval")
+    optimizer.restore()
+    assert all(torch.equal(layer.weight, before) for layer, before in zip(base, clean))

@@ -7,7 +7,7 @@ import torch
 from helpers import batch, bits, changed, frozen, lora_mlp, on_every_device, trainable
 from torch import nn
 
-from flatopt import FlatPerturbOptimizer
+from flatopt import FlatPerturbOptimizer, register_low_rank
 from flatopt.flatness import rounding
 
 FORMATS = ["int8", "int4", "int4/32", "int3/5", "uint4/8", "nf4/64"]
@@ -278,3 +278,33 @@ def test_a_group_set_to_a_format_in_mid_training_is_asked_as_at_the_start():
     optimizer.perturb_groups[0].update(noise="int4", sigma=1)
     with pytest.warns(UserWarning, match="draws='mixed/4'"):
         plain(batch()[0])
+
+
+def test_a_grouped_convolution_is_refused_where_peft_cannot_merge_it():
+    from peft import LoraConfig, get_peft_model
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, groups=2, bias=False).requires_grad_(False)
+            self.lora_A = nn.Parameter(torch.randn(1, 18))
+            self.lora_B = nn.Parameter(torch.randn(4, 1))
+
+        def forward(self, x):
+            weight = self.conv.weight + (self.lora_B @ self.lora_A).view(4, 2, 3, 3)
+            return nn.functional.conv2d(x, weight, groups=2)
+
+    register_low_rank(Own, base=lambda m: m.conv.weight, delta=lambda m: (m.lora_B, m.lora_A, 1.0))
+    own, x = Own(), torch.randn(2, 4, 6, 6)
+    want = nn.functional.conv2d(
+        x,
+        rounding("int4")((own.conv.weight + (own.lora_B @ own.lora_A).view(4, 2, 3, 3)).flatten(1)).view(4, 2, 3, 3),
+        groups=2,
+    )
+    optimizer = wrap(own)
+    torch.testing.assert_close(own(x), want, rtol=1e-4, atol=1e-5)
+    optimizer.restore()
+    with pytest.warns(UserWarning, match="groups > 1"):
+        model = get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="PEFT cannot merge LoRA on a grouped convolution"):
+        wrap(model)

@@ -179,6 +179,8 @@ NOT_MERGED = {
 @pytest.mark.parametrize("kind", NOT_MERGED)
 def test_an_adapter_that_peft_cannot_merge_is_named(kind):
     """There is no merged weight: LoRA on a grouped convolution, for one, reads inputs of all groups."""
+    if kind == "aLoRA" and "alora_invocation_tokens" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT has no aLoRA")
     make, x = NOT_MERGED[kind]
     model = make()
     before = snapshot(model)

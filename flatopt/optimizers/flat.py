@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             )
         refuse_overlapping(weights)
         self._drawn, self._parts = False, set[int]()
-        self._noises = {number: group["noise"] for number, group in enumerate(self.perturb_groups)}  # that were checked
+        self._checked: dict[int, tuple[Any, ...]] = {}  # the settings of each group that were found to fit
         self._adopt(self.innermost.param_groups)
         if seed != 0:  # not the default
             self._warn_of_another_seed(int(seed))
@@ -299,11 +300,13 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             raise RuntimeError(self._why_detached())
         self._adopt(self.optimizer.param_groups)
         for number, group in enumerate(self.perturb_groups):
-            check_group(group, self)
-            if group["noise"] != self._noises.get(number):
+            settings = (group["sigma"], group["schedule"], group["noise"], group["restore"], self._total_steps)
+            checked = self._checked.get(number)
+            if checked is None or not all(map(is_, settings, checked)):
+                check_group(group, self)
                 if group["noise"] not in NOISES:
                     self._check_rounding(group)
-                self._noises[number] = group["noise"]
+                self._checked[number] = settings
         self._warn_past_the_end()
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
@@ -449,7 +452,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
         self._doors.first_pass.read = {}
-        if self._weights.state != CLEAN and "others" not in self._told:
+        if optimizer is not self and self._weights.state != CLEAN and "others" not in self._told:
             warning = self._others.warning_of_step(optimizer, self, self.innermost)
             if warning is not None:
                 self._warn_once("others", warning)
@@ -537,7 +540,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def __setstate__(self, state: "dict[str, Any]") -> None:
         groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]
         self._one_in = perturbed_one_in(state["_draws"])
-        self._noises = {number: group["noise"] for number, group in enumerate(groups)}
+        self._checked = {}
         super().__setstate__(state | {"perturb_groups": groups})
 
     def __repr__(self) -> str:

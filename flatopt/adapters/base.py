@@ -35,11 +35,13 @@ class Adapter(Protocol):
             ValueError: an update that does not fit its weight; names the weight.
         """
 
-    def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any] | None:
+    def update_key(self, weights: Sequence[AdaptedWeight], places: list[Any]) -> list[Any] | None:
         """All that :meth:`updates` follows from, one item a weight, to be compared with ``==``: where an item is equal to
         what it was, and the tensors of that update are still alive, the update consists of the same tensors in the same
         memory, and is not merged if it was not. An item that is equal to none but itself: the update has to be asked for
         anew. None: all of them have to.
+
+        ``places``: one item a weight, None at the first call, for the adapter to keep where it found what it looks at.
         """
 
     def is_merged(self, layer: nn.Module) -> bool:

@@ -99,7 +99,7 @@ class Custom(Singleton):
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates
 
-    def update_key(self, weights: Sequence[AdaptedWeight]) -> None:
+    def update_key(self, weights: Sequence[AdaptedWeight], places: list[Any]) -> None:
         return None  # delta() may compute what it returns
 
     def is_merged(self, layer: nn.Module) -> bool:

@@ -143,19 +143,20 @@ class Peft(Singleton):
                 raise ValueError(f"{weight.path}: {error}") from error
         return updates
 
-    def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any]:
-        keys: list[Any] = []
-        for weight in weights:
+    def update_key(self, weights: Sequence[AdaptedWeight], places: list[Any]) -> list[Any]:
+        keys = _keys_there(places)
+        for number in (i for i, key in enumerate(keys) if key is None):
+            weight, places[number] = weights[number], None
             plain = _one_lora(weight) if _lora_linear.get(type(weight.layer), False) else None
             if plain is None:
-                keys.append(object() if self.is_merged(weight.layer) else _key(weight))
+                keys[number] = object() if self.is_merged(weight.layer) else _key(weight)
                 continue
             A, B, scaling, magnitude = plain
-            # in_features and out_features are the layer's, so that the number of elements tells the shape
-            if magnitude is None and type(A) is type(B) is nn.Parameter:  # the usual: as _memory, but flat
-                keys.append((scaling, id(A), A.data_ptr(), A.dtype, A.numel(), id(B), B.data_ptr(), B.dtype, B.numel()))
+            if magnitude is None and type(A) is type(B) is nn.Parameter:
+                places[number] = _place(weight)
+                keys[number] = scaling, *_memory(A), *_memory(B)
             else:
-                keys.append((scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)))
+                keys[number] = scaling, _memory(A), _memory(B), None if magnitude is None else _memory(magnitude)
         return keys
 
     def is_merged(self, layer: Any) -> bool:
@@ -371,6 +372,50 @@ def _one_lora(weight: AdaptedWeight) -> tuple[nn.Parameter, nn.Parameter, float,
         if type(parameter) is not nn.Parameter and (parameter is None or not is_sharded(parameter)):
             return None
     return A, B, layer["scaling"][name], magnitude
+
+
+def _place(weight: AdaptedWeight) -> tuple[Any, ...]:
+    """Where a layer that :func:`_one_lora` found without a magnitude has its A and B: what has to stand in which dict.
+
+    The way there by attributes leads over more objects, each of which is out of the CPU's cache after a forward and a
+    backward.
+    """
+    layer = weight.layer.__dict__
+    modules, name = layer["_modules"], layer["_active_adapter"]
+    name = name if type(name) is str else name[0]
+    place: list[Any] = [layer, modules, name, weight.owner]
+    for each in (modules["lora_A"], modules["lora_B"]):
+        place += (each, each.__dict__, each._modules[name], each._modules[name]._parameters)
+    return tuple(place)
+
+
+def _keys_there(places: list[Any]) -> list[Any]:
+    """What the update of each layer follows from, where all is in its place; else None. One loop, as calls cost as much."""
+    keys: list[Any] = [None] * len(places)
+    plain = nn.Parameter
+    for number, place in enumerate(places):
+        if place is None:
+            continue
+        layer, modules, name, owner, lora_A, in_A, linear_A, of_A, lora_B, in_B, linear_B, of_B = place
+        active = layer["_active_adapter"]
+        try:
+            A, B = of_A["weight"], of_B["weight"]
+            if (
+                (active == name or active == [name])
+                and not (layer["_disable_adapters"] or layer["merged_adapters"] or layer["lora_variant"])
+                and modules["base_layer"] is owner
+                and modules["lora_A"] is lora_A
+                and modules["lora_B"] is lora_B
+                and in_A["_modules"][name] is linear_A
+                and in_B["_modules"][name] is linear_B
+                and type(A) is type(B) is plain
+            ):
+                scaling = layer["scaling"][name]
+                # in_features and out_features are the layer's, so that the number of elements tells the shape
+                keys[number] = scaling, id(A), A.data_ptr(), A.dtype, A.numel(), id(B), B.data_ptr(), B.dtype, B.numel()
+        except KeyError:  # something was taken out
+            continue
+    return keys
 
 
 def _in_factors(variant: Any) -> bool:

@@ -22,7 +22,7 @@ class Raw(Singleton):
     def updates(self, weights: Sequence[AdaptedWeight]) -> list[WeightUpdate]:
         return [WeightUpdate()] * len(weights)
 
-    def update_key(self, weights: Sequence[AdaptedWeight]) -> list[Any]:
+    def update_key(self, weights: Sequence[AdaptedWeight], places: list[Any]) -> list[Any]:
         return [None] * len(weights)
 
     def is_merged(self, layer: nn.Module) -> bool:

@@ -32,12 +32,13 @@ class GroupLook:
         self.tensors: list[Tensor] = []
         self._plain = True  # no parameter is a DTensor
         self._weights: list[AdaptedWeight] = []
+        self._memory: set[int] = set()  # of all weights, if none was left out
         self._settings: tuple[Any, ...] = ()
         self._known: list[WeightView] = []  # of every weight, tied ones too
         self._seen: list[list[Any]] = []  # column by column: identity, memory, kind, version
         self._quantised: list[bool] = []
         self._moved: dict[int, bool] = {}  # of weights that lie in other memory now: with the values that were perturbed?
-        self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight]]] = []
+        self._batches: list[tuple[Adapter, list[WeightView], list[AdaptedWeight], list[Any]]] = []  # the last: places
         self._keys: list[Any] = []  # of each batch's updates
         self._reordered: set[WeightView] = set()  # whose update is another than the adapter told
         self._split: dict[WeightView, WeightUpdate] = {}  # sharded updates, as told
@@ -80,25 +81,30 @@ class GroupLook:
                         check(weights[i], in_forward=True)
                     self._quantised[i] = format_of(weights[i].owner, weights[i].name) is not None
                     self._known[i] = WeightView(weights[i], first + i, first_row(parameters[i], weights[i].layout))
-            self._seen, self._keys, self.plans = seen, [], []
+            self._seen, self._keys, self.plans, self._memory = seen, [], [], set()
         self.parameters, self.tensors = parameters, tensors
         for view, parameter, tensor, quantised in zip(self._known, parameters, tensors, self._quantised):
             view.parameter, view.tensor = parameter, None if quantised else tensor
-        memory = [there or data_ptr(p) for there, p in zip(seen[1], parameters)] if 0 in seen[1] else seen[1]
-        if taken.isdisjoint(memory) and len(set(memory)) == len(memory):
-            taken.update(memory)
-            views = list(self._known)
+        if self._memory and taken.isdisjoint(self._memory):
+            taken.update(self._memory)
         else:
-            views = []
-            for view, there in zip(self._known, memory):
-                if there not in taken:
-                    taken.add(there)
-                    views.append(view)
-        if views != self.views:
-            self._by_adapter(views)
+            self._leave_out(taken)
         self._look_at_updates()
         if not self.plans:
             self._plan(noise, restore)
+
+    def _leave_out(self, taken: "set[int]") -> None:
+        """Of the weights those in memory that is ``taken``, by an earlier group or a weight before them."""
+        views = []
+        for view, there, parameter in zip(self._known, self._seen[1], self.parameters):
+            there = there or data_ptr(parameter)
+            if there not in taken:
+                taken.add(there)
+                views.append(view)
+        if views != self.views:
+            self._by_adapter(views)
+        if len(views) == len(self._known) and 0 not in self._seen[1]:
+            self._memory = set(self._seen[1])
 
     def _by_adapter(self, views: "list[WeightView]") -> None:
         self.views, self._keys, self.plans = views, [], []
@@ -106,7 +112,9 @@ class GroupLook:
         batches: dict[int, list[WeightView]] = {}
         for view in views:
             batches.setdefault(id(view.weight.adapter), []).append(view)
-        self._batches = [(batch[0].weight.adapter, batch, [v.weight for v in batch]) for batch in batches.values()]
+        self._batches = [
+            (batch[0].weight.adapter, batch, [v.weight for v in batch], [None] * len(batch)) for batch in batches.values()
+        ]
 
     def _plan(self, noise: str, restore: str) -> None:
         self.exact = restore != "subtract"
@@ -125,8 +133,8 @@ class GroupLook:
     def _look_at_updates(self) -> None:
         """Ask for the updates that are not the same tensors as before, and gather what is sharded of all."""
         self._keys = self._keys or [None] * len(self._batches)
-        for number, (adapter, views, weights) in enumerate(self._batches):
-            keys, known = adapter.update_key(weights), self._keys[number]
+        for number, (adapter, views, weights, places) in enumerate(self._batches):
+            keys, known = adapter.update_key(weights, places), self._keys[number]
             if keys is None or keys != known:
                 old = [None] * len(views) if keys is None or known is None else known
                 news = [view for view, now, then in zip(views, keys or old, old) if then is None or now != then]

@@ -59,12 +59,19 @@ def unsupported_reason(weight: AdaptedWeight, noise: str = "filter") -> "str | N
     return None
 
 
-def why_not_rounded(weight: AdaptedWeight) -> "str | None":
-    """Why the served weight is not W and what the adapter adds, rounded; None if it is."""
+def refuse_unrounded(weight: AdaptedWeight, form: str) -> None:
+    """Raise where the served weight is not W and what the adapter adds, rounded to ``form``."""
+    reason = _why_not_rounded(weight)
+    if reason is not None:
+        raise ValueError(f"noise={form!r} cannot round {weight.path}: {reason}, or use noise='filter'")
+
+
+def _why_not_rounded(weight: AdaptedWeight) -> "str | None":
     layer: Any = weight.layer
     if any(name in getattr(layer, "lora_magnitude_vector", {}) for name in _active(layer)):
         return "its adapter rescales W + sBA (DoRA), so that the sum is not what is served. Train LoRA without use_dora"
-    if any(type(variant).__name__.startswith("ALora") for variant in getattr(layer, "lora_variant", {}).values()):
+    variants = getattr(layer, "lora_variant", {})
+    if any(type(variants.get(name)).__name__.startswith("ALora") for name in _active(layer)):
         return "its adapter works on some of the tokens (aLoRA) and is not merged. Train plain LoRA"
     if weight.adapter.name == "PEFT" and getattr(weight.owner, "groups", 1) > 1 and hasattr(layer, "lora_A"):
         return "PEFT cannot merge LoRA on a grouped convolution. Leave that layer out"

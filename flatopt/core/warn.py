@@ -17,4 +17,4 @@ def warn_user(text: str) -> None:
         if outer is None:
             break
         frame = outer
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(text if "flatopt" in text or "FlatPerturb" in text else f"flatopt: {text}", stacklevel=level)

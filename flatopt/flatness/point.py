@@ -14,9 +14,13 @@ from ..core.weight import AdaptedWeight, WeightUpdate, in_memory_order
 from ..ops.noise import normals_of_rows, row_keys, step_key, weight_key
 from ..ops.torch_backend import chunks
 from ..optimizers.groups import read_groups
-from ..perturbation.weights import restore_inside
+from ..perturbation.weights import perturbed_by_another, restore_inside
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+_TRAINED = (
+    "loss_fn put the model into train mode, or calls one that is in train mode and no part of what was given, and flatness "
+    "is measured in eval mode, without dropout or an optimizer's noise: leave model.train() out of it, call eval() before"
+)
 
 
 class Point:
@@ -33,10 +37,11 @@ class Point:
         weights: "list[Tensor]",
         targets: "list[AdaptedWeight]",
         autocasts: "list[torch.autocast]",
+        modules: "list[nn.Module]",
     ):
         self._model, self._loss_fn, self._batches, self._targets = model, loss_fn, batches, targets
         self._autocasts = autocasts
-        self._modules = list(model.modules())
+        self._modules = modules
         self._merged = [target.adapter.is_merged(target.layer) for target in targets]
         self.weights = weights
         self._clean = [w.detach().clone() for w in weights]
@@ -133,8 +138,10 @@ class Point:
                 for autocast in self._autocasts:
                     stack.enter_context(autocast)
                 loss = self._loss_fn(self._model, batch)
-        except Exception:
+        except Exception as error:
             self._check_left_alone()  # the reason, where it has one: an optimizer's noise on weights that are measured
+            if isinstance(error, ValueError) and perturbed_by_another(self._targets) and "is trainable: " in str(error):
+                raise ValueError(_TRAINED) from error
             raise
         self._check_left_alone()
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
@@ -146,11 +153,8 @@ class Point:
 
     def _check_left_alone(self) -> None:
         if any(module.training for module in self._modules):
-            restore_inside(self._model)
-            raise ValueError(
-                "loss_fn put the model into train mode, and flatness is measured in eval mode, without dropout or an "
-                "optimizer's noise: leave model.train() out of it"
-            )
+            restore_inside(self._model, self._targets)
+            raise ValueError(_TRAINED)
         for target, merged in zip(self._targets, self._merged):
             if target.adapter.is_merged(target.layer) != merged:
                 raise ValueError(
@@ -172,26 +176,27 @@ def at_weights(
         raise ValueError("batches is empty: pass a list of batches, the same for all models that are compared")
     if space not in ("full", "adapter"):
         raise ValueError(f"space must be 'full' or 'adapter', got {space!r}")
-    groups, _ = read_groups(model if targets is None else targets, {})
+    groups, roots = read_groups(model if targets is None else targets, {})
     found = [target for group in groups for target in group["targets"]]
     if space == "full":
         for target in found:
             check_kind(target)
             check_lasting(target)
-    restore_inside(model)
+    restore_inside(model, found)
     kinds = {target.parameter.device.type for target in found}
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(dict.fromkeys(module for root in (model, *roots) for module in root.modules()))
+    modes = [(module, module.training) for module in modules]
     with torch.inference_mode(False), _full_precision(kinds) as autocasts:
         try:
             for module, _ in modes:
                 module.training = False  # in train(False) loralib's layers would merge, and come back with other bits
             if space == "adapter":
                 with _kept(_adapter_parameters(found)) as weights:
-                    yield Point(model, loss_fn, batches, weights, [], autocasts)
+                    yield Point(model, loss_fn, batches, weights, [], autocasts, modules)
             else:
                 with _merged(found), _kept([target.parameter for target in found]) as weights:
                     _refuse_rescaled(found)
-                    yield Point(model, loss_fn, batches, weights, found, autocasts)
+                    yield Point(model, loss_fn, batches, weights, found, autocasts, modules)
         finally:
             for module, mode in modes:
                 module.training = mode

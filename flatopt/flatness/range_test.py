@@ -56,7 +56,8 @@ def sigma_range_test(
         seed: names the ε.
 
     Warns:
-        if the rise stays below the threshold: ``suggested`` is then the largest σ of the grid.
+        if the rise stays below the threshold: ``suggested`` is then the largest σ of the grid; if the smallest one is far
+        above it: ``suggested`` is then below the grid.
     """
     check_draws(draws)
     sigmas = tuple(sigmas)
@@ -71,6 +72,13 @@ def sigma_range_test(
 
 def _first_reaches(threshold: float, sigmas: "tuple[float, ...]", rise: "list[float]") -> float:
     low_sigma, low = 0.0, 0.0
+    if rise[0] > 2 * threshold:
+        warnings.warn(
+            f"the loss rises by {rise[0]:.3g} already at sigma {sigmas[0]:g}, more than the threshold {threshold:g}, so "
+            "that the sigma suggested lies below the grid: give smaller ones. A model this sharp may be fitted too far, or "
+            "have BatchNorm statistics of another weight",
+            stacklevel=3,
+        )
     for sigma, value in zip(sigmas, rise):
         if not value < threshold:  # a loss that is no longer a number has reached it too
             part = (threshold - low) / (value - low) if value < float("inf") else 0.5

@@ -80,7 +80,9 @@ class FlatPerturbCallback(pl.Callback):
                 )
         targets = pl_module if self.targets is None else self.targets
         bare = bare_optimizer(trainer.optimizers[0])
-        self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=total, **self.options)
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=total, **options)
+        # not what a checkpoint left with the optimizer: load_state_dict tells where that is another
         self.optimizer.seed, self.optimizer.step_count = self.options["seed"], trainer.global_step
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

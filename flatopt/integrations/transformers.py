@@ -80,9 +80,10 @@ class FlatPerturbCallback(TrainerCallback, ExportableState):
         if callable(targets) and not isinstance(targets, nn.Module):
             targets = targets(kwargs["model"])
         bare = bare_optimizer(kwargs["optimizer"])
+        seed = options.pop("seed")
         self.optimizer = FlatPerturbOptimizer(bare, targets, total_steps=state.max_steps, **options)
-        # not what a checkpoint or an earlier train() left with the optimizer
-        self.optimizer.seed, self.optimizer.step_count = options["seed"], state.global_step
+        # not what a checkpoint or an earlier train() left with the optimizer, which is told of above
+        self.optimizer.seed, self.optimizer.step_count = seed, state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.optimizer is not None:

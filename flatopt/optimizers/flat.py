@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
 from ..adapters.checks import check, check_lasting
-from ..adapters.forwards import unsupported_reason, why_not_rounded
+from ..adapters.forwards import refuse_unrounded, unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
 from ..adapters.raw import RAW
@@ -23,7 +24,7 @@ from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..ops import NOISES
 from ..perturbation.doors import Doors
-from ..perturbation.gradients import came_since, gradients_of
+from ..perturbation.gradients import came_since, gradients_of, wanted
 from ..perturbation.hooks import ProcessWide, listen
 from ..perturbation.memory import refuse_overlapping
 from ..perturbation.noise import NoiseRequest
@@ -31,8 +32,9 @@ from ..perturbation.strangers import find_strangers, listen_for_strangers
 from ..perturbation.weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 from .groups import read_groups
 from .others import OtherOptimizers, chain_of
+from .sam import SAM
 from .schedule import Schedule, factor
-from .settings import check_draws, check_group, perturbed_one_in
+from .settings import check_draws, check_group, perturbed_one_in, refuse_draws_under_sam
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
@@ -151,7 +153,9 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
-        if self._one_in > 1 and any(weight.adapter is RAW for weight in weights):
+        if draws != "step" and any(isinstance(each, SAM) for each in chain_of(optimizer)):
+            refuse_draws_under_sam(draws)
+        if draws != "step" and any(weight.adapter is RAW for weight in weights):
             raise ValueError(
                 f"draws={draws!r} with raw parameters as targets: they have no forward that begins a micro-batch. Give the "
                 "modules that hold them"
@@ -185,8 +189,13 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             if (optimizer := myself()) is not None:
                 optimizer._next_draw()
 
+        def adapters_wanted() -> bool:
+            optimizer = myself()
+            return optimizer is not None and optimizer._draws != "step" and wanted(optimizer._trained_adapters())
+
         self._gradients: list[Any] = []  # of some trained parameters, when the draw began
-        self._doors = Doors(self._weights, perturb, is_over, next_draw)
+        self._made = self._one_in  # micro-batches of the last step
+        self._doors = Doors(self._weights, perturb, is_over, next_draw, adapters_wanted)
         weights = self._weights.weights()
         self._adapters = {id(p) for weight in weights for p in weight.layer.parameters()}
         listen(self._doors, self._roots, weights)
@@ -243,7 +252,8 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether W stands at W + ε now; not while a reader amid a step finds it clean."""
+        """Whether W stands at W + ε now; not while a reader amid a step finds it clean. True also where ε is 0: by the
+        schedule, or in a clean micro-batch of ``draws="mixed"``."""
         return self._weights.state == PERTURBED
 
     @property
@@ -293,12 +303,17 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._weights.restore()
         if not self._doors.looked:
             find_strangers(self._doors)
+            self._warn_of_running_statistics()
         if self._weights.state != CLEAN:
             self._weights.resume()
             return
         if not self._finalizer.alive:
             raise RuntimeError(self._why_detached())
         self._adopt(self.optimizer.param_groups)
+        if self._doors.adapters_changed:
+            self._doors.adapters_changed = False
+            self._checked.clear()
+            self._warn_adapted_later()
         for number, group in enumerate(self.perturb_groups):
             settings = (group["sigma"], group["schedule"], group["noise"], group["restore"], self._total_steps)
             checked = self._checked.get(number)
@@ -308,9 +323,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                     self._check_rounding(group)
                 self._checked[number] = settings
         self._warn_past_the_end()
-        if self._doors.adapters_changed:
-            self._doors.adapters_changed = False
-            self._warn_adapted_later()
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         if self._total_steps == 1 and not any(sigmas) and any(group["sigma"] for group in self.perturb_groups):
             self._warn_once(
@@ -418,12 +430,15 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _after_inner_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         self._weights.restore(untouched=True)  # since the last evaluation of a closure
-        if self._drawn and (made := self._draw + 1) < self._one_in:
-            self._warn_once(
-                "too few micro-batches",
-                f"draws={self._draws!r}, but a step had fewer micro-batches than that: one in {made} was perturbed. "
-                f"Accumulate over {self._one_in} or more (parts of the batch), or give another draws",
-            )
+        if self._drawn:
+            before, self._made = self._made, self._draw + 1
+            if max(before, self._made) < self._one_in:  # one alone is the last of an epoch
+                self._warn_once(
+                    "too few micro-batches",
+                    f"draws={self._draws!r}, but two steps in succession had fewer micro-batches than that, the last one "
+                    f"{self._made}, and the first of them is always perturbed. Accumulate over {self._one_in} or more "
+                    "(parts of the batch), or give another draws",
+                )
         self._begin_draw()
         self._others.note_own_step()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
@@ -556,9 +571,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
     def _check_rounding(self, group: "dict[str, Any]") -> None:
         for weight in group["targets"]:
-            reason = why_not_rounded(weight)
-            if reason is not None:
-                raise ValueError(f"noise={group['noise']!r} cannot round {weight.path}: {reason}, or use noise='filter'")
+            refuse_unrounded(weight, group["noise"])
         mine = {id(weight.parameter): weight for weight in group["targets"]}
         tied: dict[str, str] = {}
         for root in self._roots:
@@ -574,11 +587,11 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"{'; '.join(list(tied.values())[:3])}{more}, which reads it too: it is rounded with the first one's "
                 "adapter alone. Leave it out, or use noise='filter'",
             )
-        if 0 < group["sigma"] < 0.5:
+        if 0 < group["sigma"] < 0.5 or group["schedule"] in ("cosine", "linear"):
             self._warn_once(
                 "a short way",
-                f"sigma={group['sigma']:g} goes that share of the way to the weights rounded to {group['noise']}: pass "
-                "sigma=1 to train at the rounded ones",
+                f"sigma={group['sigma']:g} with schedule={group['schedule']!r} goes a part of the way to the weights "
+                f"rounded to {group['noise']}: pass sigma=1, schedule='constant' to train at the rounded ones",
             )
         if self._one_in == 1:
             self._warn_once(
@@ -633,14 +646,31 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 "a new one around optimizer.optimizer, which gives them noise; step and seed go on",
             )
 
+    def _warn_of_running_statistics(self) -> None:
+        found = {
+            id(module): f"{name} ({type(module).__name__})"
+            for root in self._roots
+            for name, module in root.named_modules()
+            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        }
+        if found and any(group["sigma"] for group in self.perturb_groups):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            self._warn_once(
+                "running statistics",
+                f"{next(iter(found.values()))}{more} is in train mode: its running statistics are gathered at W + ε and "
+                "then used with W. Put such layers into eval mode after model.train(), or gather them anew after training: "
+                "torch.optim.swa_utils.update_bn(loader, model)",
+            )
+
     def _warn_past_the_end(self) -> None:
         total = self._total_steps
         if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
             self._warn_once(
                 "past the end",
-                f"step {self._step} is past total_steps={total}: sigma stays where the schedule ended. Set "
-                "optimizer.total_steps to the number of optimizer steps of the whole training; for a second run, make a new "
-                "optimizer or set optimizer.step_count = 0",
+                f"step {self._step} is past total_steps={total}: sigma stays where the schedule ended. If training is over, "
+                "call the model in eval mode or without gradients; else set optimizer.total_steps to the number of "
+                "optimizer steps of the whole training; for a second run, make a new optimizer or set "
+                "optimizer.step_count = 0",
             )
 
     def _why_detached(self) -> str:

@@ -16,8 +16,11 @@ from ..core.arguments import is_number
 from ..core.sharding import fsdp_modules, is_sharded, local
 from ..core.weight import AdaptedWeight
 from ..perturbation.interrupts import uninterrupted
+from ..perturbation.weights import perturbed_by_another
 from .groups import read_groups
+from .others import chain_of
 from .replay import random_state, running_statistics_kept
+from .settings import refuse_draws_under_sam
 from .wrapper import OptimizerWrapper
 
 SPACES = ("adapter", "full")
@@ -57,6 +60,7 @@ class SAM(OptimizerWrapper):
     Raises:
         TypeError, ValueError: for arguments that do not fit, and for targets that cannot be perturbed, naming the module
             and the way out.
+        RuntimeError: at a step in ``space="full"`` on weights that a FlatPerturbOptimizer perturbs.
 
     Example::
 
@@ -101,6 +105,13 @@ class SAM(OptimizerWrapper):
             raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
         if space == "full" and targets is None:
             raise ValueError("space='full' perturbs the frozen base weights of targets: pass targets=model")
+        if space != "full" and targets is not None:
+            raise ValueError(
+                f"space={space!r} perturbs the parameters that the optimizer trains, whatever the targets: leave targets "
+                "out, or pass space='full' to perturb the frozen base weights of these"
+            )
+        for each in chain_of(optimizer):
+            refuse_draws_under_sam(getattr(each, "draws", "step"))
         self.rho, self.space, self.adaptive, self.shared = rho, space, adaptive, shared
         self._targets: list[AdaptedWeight] = []
         self._roots: list[nn.Module] = []
@@ -193,6 +204,12 @@ class SAM(OptimizerWrapper):
             for module in fsdp_modules(self._roots):
                 module.reshard()  # type: ignore[operator]
             self._check_targets()
+            shared = perturbed_by_another(self._targets)
+            if shared is not None:
+                raise RuntimeError(
+                    f"{shared.path} is perturbed by a FlatPerturbOptimizer too, which would take SAM's ascent for a "
+                    "stranger's write to it. Call detach() on that optimizer, or use SAM's space='adapter'"
+                )
             parameters = [target.parameter for target in self._targets]
         else:
             parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -300,6 +317,7 @@ def _norm(tensors: "Iterable[Tensor]") -> float:
     """The 2-norm of all tensors together, at least in float32; that of the whole tensor where it is sharded."""
     norms = []
     for tensor in tensors:
+        tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
         norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))

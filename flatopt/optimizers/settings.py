@@ -20,6 +20,15 @@ def check_draws(seed: Any, draws: Any) -> None:
         raise ValueError(f"draws must be one of {', '.join(DRAWS)} (n ≥ 2), got {draws!r}")
 
 
+def refuse_draws_under_sam(draws: str) -> None:
+    """Raise unless SAM's two gradients of a step are taken at one noise."""
+    if draws != "step":
+        raise ValueError(
+            f"draws={draws!r} and SAM in one step: SAM takes two gradients, which have to be at the same noise, and the "
+            "second would be taken for the next micro-batch's. Use draws='step'"
+        )
+
+
 def perturbed_one_in(draws: str) -> int:
     """Of how many micro-batches one is perturbed, the first: 2 for ``"mixed"``, n for ``"mixed/n"``, 1 for the others."""
     mixed = _MIXED.fullmatch(draws)

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,24 @@ from ..adapters.raw import RAW
 from ..core.sharding import fsdp_modules, is_fsdp_module
 from ..core.warn import warn_user
 from .gradient_cache import FirstPass
-from .stack import in_backward, is_distributed, reads_in_backward, refuse_transforms, running_modules
+from .noise import NoiseRequest
+from .stack import (
+    in_backward,
+    in_function_backward,
+    is_distributed,
+    reads_in_backward,
+    refuse_transforms,
+    running_modules,
+)
 from .tensors import before_its_backward, storage_of
 from .unseen_steps import UnseenSteps
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
+
+_OLD_GRAPH = (
+    "a backward at other noise than its forward ran at: a training forward after a backward began the next draw "
+    "(draws='micro-batch' or 'mixed'), or step() ended this one. Take all backwards of a forward before the next training "
+    "forward, or put the forwards that belong together inside `with optimizer.perturbed():`"
+)
 
 
 class Calls(threading.local):
@@ -29,7 +44,8 @@ class Calls(threading.local):
 
 class Doors:
     """What the hooks of one optimizer share. ``perturb`` opens a step; ``is_over`` tells whether a micro-batch is whose
-    noise is its own, and ``next_draw`` ends it. They reach the optimizer weakly: hooks keep none."""
+    noise is its own, ``next_draw`` ends it, and ``wanted`` tells whether the backward under way is of what is trained. They
+    reach the optimizer weakly: hooks keep none."""
 
     def __init__(
         self,
@@ -37,10 +53,12 @@ class Doors:
         perturb: Callable[[], Any],
         is_over: Callable[[], bool],
         next_draw: Callable[[], Any],
+        wanted: Callable[[], bool],
     ):
         self.weights: PerturbedWeights | None = weights
-        self.perturb, self.is_over, self.next_draw = perturb, is_over, next_draw
+        self.perturb, self.is_over, self.next_draw, self.wanted = perturb, is_over, next_draw, wanted
         self.backward_began = False  # since this was last set: the training forward after it is another micro-batch's
+        self.graph_is_old = False  # that of the backward under way: its forward ran at other noise
         self.calls = Calls()
         # roots run without gradients since the last step; whether by an autograd.Function (reentrant checkpointing)
         self.ran_clean: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -133,6 +151,10 @@ class Doors:
                 "use_reentrant=False, or pass the whole model as targets. If it is a cache of gradients (GradCache, "
                 "sentence-transformers' cached losses): put both passes inside `with optimizer.perturbed():`"
             )
+        if self.graph_is_old:
+            raise RuntimeError(_OLD_GRAPH)
+        if not self.backward_began and in_function_backward():
+            self.backward_began = True  # the parameters that it reaches are in no graph yet
         if weights.state == SUSPENDED:
             weights.resume()
         return False
@@ -160,7 +182,8 @@ class Doors:
 
     def resume_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
-        before_its_backward(output, self._before_backward)
+        assert self.weights is not None
+        before_its_backward(output, partial(self._before_backward, self.weights.request, self.weights.writes()))
 
     def refuse_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W in eval mode: its backward fails at W + ε, and should say why."""
@@ -171,15 +194,22 @@ class Doors:
         if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
             raise RuntimeError(
                 "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made "
-                "its graph at clean weights, then a training forward opened the step, or a backward under way went on. Give "
-                "the module around both as targets, call optimizer.perturb() before the first forward, or run the one in "
-                "eval mode without gradients"
+                "its graph at clean weights, or one of another model on the same base, then a training forward opened the "
+                "step, or a backward under way went on. Give the module around both as targets, call optimizer.perturb() "
+                "before the first forward, or run the one in eval mode without gradients; take the backward of the other "
+                "model before the next forward of this one"
             )
 
-    def _before_backward(self, grad: Tensor) -> None:
-        self.backward_began = True
-        if self.weights is not None and self.weights.state == SUSPENDED:
-            self.weights.resume()
+    def _before_backward(self, noise: "NoiseRequest | None", written: bool, grad: Tensor) -> None:
+        weights = self.weights
+        if weights is None:
+            return
+        self.graph_is_old = weights.state != CLEAN and weights.request != noise
+        if self.graph_is_old and (written or weights.writes()):
+            raise RuntimeError(_OLD_GRAPH)
+        self.backward_began = self.backward_began or self.wanted()
+        if weights.state == SUSPENDED:
+            weights.resume()
 
     # --- where the weights lie --------------------------------------------------------------
 

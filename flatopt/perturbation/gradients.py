@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.sharding import local
+from ..core.sharding import is_sharded, local
 
 FEW = 4  # parameters asked: a backward reaches all that train, and these are asked at each forward
 
@@ -23,6 +23,23 @@ def came_since(before: "list[Any]", parameters: "Iterable[Tensor]") -> bool:
     few = list(islice(parameters, FEW))
     moved = [p.grad for p, now, then in zip(few, gradients_of(few), before) if p.grad is not None and now != then]
     return any(map(_is_one, moved))
+
+
+def wanted(parameters: "Iterable[Tensor]") -> bool:
+    """Whether the backward under way makes a gradient of any of ``parameters``; one of a model's inputs alone does not."""
+    nothing_asked = True
+    for parameter in parameters:
+        nothing_asked = False
+        if is_sharded(parameter) or not parameter.is_leaf:
+            return True  # what FSDP2 has gathered takes its place in the graph
+        with torch.enable_grad():
+            view: Any = parameter.view_as(parameter)
+        try:
+            if torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]):
+                return True
+        except NotImplementedError:  # torch.autograd.grad(loss, parameters)
+            return True
+    return nothing_asked
 
 
 def _is_one(grad: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..adapters.checks import check, check_lasting
+from ..adapters.forwards import refuse_unrounded
 from ..adapters.quantized import data_ptr, format_of
 from ..core.arguments import NOISES
 from ..core.gathering import Gathering, is_split_as
@@ -160,7 +161,10 @@ class GroupLook:
         return object() if gathered or view in self._reordered else key
 
     def _ask(self, adapter: Adapter, views: "list[WeightView]") -> None:
+        noise = self._settings[1]
         for view in views:
+            if noise not in NOISES:
+                refuse_unrounded(view.weight, noise)  # another adapter may be active now
             if adapter.is_merged(view.weight.layer):
                 check(view.weight, in_forward=True)
         for view, update in zip(views, adapter.updates([view.weight for view in views])):

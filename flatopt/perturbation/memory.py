@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,6 +17,11 @@ def extent_of(weight: AdaptedWeight) -> "tuple[int, int] | None":
         return (start, start + reach * tensor.element_size()) if start and tensor.numel() else None
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return None  # a tensor that is elsewhere (meta, fake, packed): it shares memory with nothing here
+
+
+def extents(weights: "Iterable[AdaptedWeight]") -> "list[tuple[int, int, AdaptedWeight]]":
+    """(start, end) of what each weight occupies, and the weight."""
+    return [(*extent, weight) for weight in weights if (extent := extent_of(weight)) is not None]
 
 
 def overlap(

@@ -133,6 +133,16 @@ def reads_in_backward() -> bool:
     return True
 
 
+def in_function_backward() -> bool:
+    """Whether the backward of an ``autograd.Function`` runs: a reentrant checkpoint's, that runs its forward again."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        if frame.f_code is _FUNCTION_BACKWARD:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def pickled_for_a_process() -> bool:
     """Whether what is being pickled goes to another process (a spawned worker, a queue), which shares tensors' memory."""
     frame: Any = sys._getframe(1)

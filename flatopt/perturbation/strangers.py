@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
+from ..adapters.registry import adapter_of
 from ..core.warn import warn_user
 from .doors import Doors
 from .hooks import CleanFirst, Hook, ProcessWide, clean_copies, exported
 from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
+from .weights import CLEAN
 
 
 def listen_for_strangers(doors: Doors) -> None:
@@ -108,11 +110,16 @@ def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
 
 
 class BeforeStranger(Hook):
-    """On a module that shares the weights' memory and is no part of the targets: it trains as it likes and reads W clean."""
+    """On a module that shares the weights' memory and is no part of the targets: it reads W clean. Where it trains it is a
+    part of the same model (a tied head) and follows it, unless an adapter around it makes it another's base weight."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None or exported(doors) or (torch.is_grad_enabled() and module.training):
+        if doors is None or doors.weights is None or exported(doors):
+            return
+        if torch.is_grad_enabled() and module.training:
+            if not torch.compiler.is_compiling() and doors.weights.state != CLEAN and not doors.weights.held:
+                _train_clean(doors, module)
             return
         if doors.weights.noisy and not doors.weights.held:
             _read_clean(doors, module, torch.compiler.is_compiling())
@@ -125,6 +132,20 @@ def _read_clean(doors: Doors, module: nn.Module, compiled: bool) -> None:
             doors.read_this_once(module)
     elif not (module.training and in_autograd_function()):
         doors.settle(module, False)
+
+
+def _train_clean(doors: Doors, module: nn.Module) -> None:
+    """Another model on the same base weights, with an adapter of its own, trains at these as they are."""
+    around = next((running for running in running_modules() if running is not module), None)
+    if in_backward() or around is None or adapter_of(around) is None:
+        return
+    doors.settle(module, False)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        handle.remove()
+        doors.refuse_in_backward(output)
+
+    handle = module.register_forward_hook(after)
 
 
 class BeforeCompiledStranger(BeforeStranger):

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,9 +27,10 @@ from ..ops import Plan, writing
 from .forward import ForwardPlan, own_forwards
 from .interrupts import uninterrupted
 from .look import GroupLook
-from .memory import extent_of, overlap
+from .memory import extents, overlap
 from .noise import NoiseRequest
 from .noisy_layers import install
+from .tensors import storage_of
 
 RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
@@ -71,7 +72,7 @@ class PerturbedWeights:
         self.detach_all: Callable[[], Any] = self.detach  # of the whole optimizer
         self._looks: list[GroupLook] = []
         self._plans: list[Plan] = []
-        self._request: NoiseRequest
+        self.request: NoiseRequest | None = None  # of the noise in W now, or last
         self._kept_versions: list[tuple[WeightView, Any]] = []
         self._swapped: list[WeightView] = []  # replaced while perturbed, before a reader suspended: swapped back, maybe
         self._fsdp = fsdp_modules(roots)
@@ -95,7 +96,7 @@ class PerturbedWeights:
         with self._moving():
             self.reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
-            self._plans, self._request = self._look(request), request
+            self._plans, self.request = self._look(request), request
             self._refuse_shared_memory()
             key = request.key
             self._stand(PERTURBED)
@@ -161,7 +162,8 @@ class PerturbedWeights:
     @torch.compiler.disable
     def resume(self) -> None:
         """The perturbed bits again after :meth:`suspend`; the same noise anew where a weight moved or was replaced."""
-        if self.state != SUSPENDED:
+        request = self.request
+        if self.state != SUSPENDED or request is None:
             return
         with self._moving():
             self.reshard()
@@ -170,7 +172,7 @@ class PerturbedWeights:
                 swapped = [view for view in replaced if view in self._swapped]
                 self._end()
                 self._refuse([], swapped)
-                self.perturb(self._request)
+                self.perturb(request)
                 return
             moved = self._written_to()
             for look in self._looks:
@@ -178,7 +180,7 @@ class PerturbedWeights:
             self._stand(PERTURBED)
             try:
                 for each in self._plans:
-                    each.perturb(self._request.key)
+                    each.perturb(request.key)
                 self._follow()
                 moved += self._written(wait=False)
                 for view, kept in self._kept_versions:
@@ -365,13 +367,17 @@ class PerturbedWeights:
         return any(not isinstance(each, ForwardPlan) for each in self._plans)
 
     def lie_inside(self, module: nn.Module) -> bool:
-        """Whether any of the weights, or a layer that adapts one, is part of ``module``."""
+        """Whether any of the weights, a layer that adapts one, or what shares their memory, is part of ``module``."""
         inside = set(module.modules())
-        return any(weight.owner in inside or weight.layer in inside for weight in self.weights())
+        if any(weight.owner in inside or weight.layer in inside for weight in self.weights()):
+            return True
+        mine = {storage_of(weight.parameter) for weight in self.weights()} - {0}
+        held = (tensor for part in inside for tensor in (*part._parameters.values(), *part._buffers.values()))
+        return any(tensor is not None and storage_of(tensor) in mine for tensor in held)
 
     def memory(self) -> "list[tuple[int, int, AdaptedWeight]]":
         """(start, end) of what each weight occupies."""
-        return [(*extent, weight) for weight in self.weights() if (extent := extent_of(weight)) is not None]
+        return extents(self.weights())
 
     def rivals(self) -> "list[tuple[PerturbedWeights, AdaptedWeight]]":
         """Others that are attached and perturb some of the same memory, each with one such weight."""
@@ -407,14 +413,23 @@ class PerturbedWeights:
                 )
 
 
-def restore_inside(module: nn.Module) -> None:
-    """Restore the weights of every optimizer that has some inside ``module``.
+def perturbed_by_another(targets: "Iterable[AdaptedWeight]") -> "AdaptedWeight | None":
+    """One of ``targets`` that a FlatPerturbOptimizer perturbs, or shares memory with one that it does."""
+    mine = extents(targets) if _attached else []
+    found = (overlap(mine, weights.memory()) for weights in list(_attached))
+    return next((weight for weight in found if weight is not None), None)
+
+
+def restore_inside(module: nn.Module, targets: "Sequence[AdaptedWeight]" = ()) -> None:
+    """Restore the weights of every optimizer that has some inside ``module``, or in the memory of ``targets``.
 
     Raises:
         RuntimeError: amid a ``with optimizer.perturbed()``, which would put its noise on again at the next forward.
     """
     for weights in list(_attached):
-        if (weights.state != CLEAN or weights.held) and weights.lie_inside(module):
+        if weights.state == CLEAN and not weights.held:
+            continue
+        if weights.lie_inside(module) or overlap(extents(targets), weights.memory()) is not None:
             if weights.held:
                 raise RuntimeError(
                     f"{weights.weights()[0].path} is held at W + ε by `with optimizer.perturbed()`, and its clean value is "

@@ -234,7 +234,7 @@ def another_dict(layer):
         another_type,
         another_linear,
         another_dict,
-        lambda layer: layer.lora_A.pop("default"),
+        lambda layer: (layer.lora_A.pop("default"), layer.lora_B.pop("default")),
         lambda layer: layer.merge(),
         lambda layer: layer.scaling.update(default=3.0),
         lambda layer: layer.enable_adapters(False),

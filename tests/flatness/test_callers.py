@@ -6,7 +6,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import batch, lora_mlp, trainable
+from helpers import Mlp, batch, lora_mlp, trainable
 from test_flatness import Custom, assert_as_it_was, everything, loss_fn, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
@@ -301,3 +301,94 @@ def test_inside_inference_mode(number):
     assert str(found) == str(expected)
     assert_as_it_was(model, before)
     cross_entropy(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+
+
+# --- amid another's step ------------------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Keeps the model where torch does not find it: a list."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.models = [model]
+
+    def forward(self, x):
+        return self.models[0](x)
+
+
+def on_the_same_base(model):
+    """Another adapter, on the same tensors."""
+    base = Mlp()
+    for name in ("first", "second", "head"):
+        layer = getattr(model.get_base_model(), name).base_layer
+        getattr(base, name).weight, getattr(base, name).bias = layer.weight, layer.bias
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["first", "second", "head"]))
+
+
+WITH_TARGETS = {
+    "expected_sharpness": {"draws": 2},
+    "worst_case_sharpness": {"steps": 2},
+    "hessian_trace": {"draws": 2},
+    "loss_curve": {"points": 3},
+    "sigma_range_test": {"sigmas": (0.1, 5.0), "draws": 2, "threshold": 1e-3},
+    "quantization_test": {"formats": ("int3", "int2")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:the loss rises by")
+@pytest.mark.parametrize("restore", ["reversible", "copy"])
+@pytest.mark.parametrize("where", ["not among its modules", "raw parameters", "another model on the same base"])
+@pytest.mark.parametrize("measure", WITH_TARGETS)
+def test_measured_amid_a_step_the_weights_come_back_wherever_they_are_found(measure, where, restore):
+    model = lora_mlp()
+    layers = [getattr(model.get_base_model(), name).base_layer for name in ("first", "second", "head")]
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.3, schedule="constant", restore=restore
+    )
+    measured, targets = {
+        "not among its modules": lambda: (Around(model), model),
+        "raw parameters": lambda: (model, [{"params": [layer.weight for layer in layers]}]),
+        "another model on the same base": lambda: (on_the_same_base(model), None),
+    }[where]()
+
+    def found():
+        return str(getattr(flatness, measure)(measured, loss_fn, BATCHES, targets=targets, **WITH_TARGETS[measure]))
+
+    before, expected = [layer.weight.clone() for layer in layers], found()
+    loss_fn(model.train(), BATCHES[0]).backward()
+    assert not torch.equal(layers[0].weight, before[0])
+    assert found() == expected
+    assert model.training
+    optimizer.step()
+    optimizer.detach()
+    assert all(torch.equal(layer.weight, b) and not layer.weight.requires_grad for layer, b in zip(layers, before))
+
+
+@pytest.mark.parametrize("measure", ["worst_case_sharpness", "hessian_trace"])
+def test_a_trained_model_that_is_no_part_of_what_was_given_is_told(measure):
+    model = lora_mlp().train()
+    layer = model.get_base_model().first.base_layer
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.3, schedule="constant")
+    before = layer.weight.clone()
+    loss_fn(model, BATCHES[0]).backward()
+    options = {"targets": [{"params": [layer.weight]}], **WITH_TARGETS[measure]}
+    with pytest.raises(ValueError, match="calls one that is in train mode"):
+        getattr(flatness, measure)(Around(model), loss_fn, BATCHES, **options)
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy"])
+def test_another_model_on_the_same_base_is_merged_amid_a_step(restore):
+    model = lora_mlp()
+    other, weight = on_the_same_base(model), model.get_base_model().first.base_layer.weight
+    optimizer = FlatPerturbOptimizer(
+        torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.3, schedule="constant", restore=restore
+    )
+    before = weight.clone()
+    loss_fn(model.train(), BATCHES[0]).backward()
+    other.merge_adapter()  # B is zero
+    optimizer.step()
+    assert torch.equal(weight, before)

@@ -469,7 +469,8 @@ def test_suggested_sigma_is_where_the_expected_rise_reaches_the_threshold():
         assert abs(rise.value - 3 * sigma**2) < 4 * rise.stderr
     assert found.suggested == pytest.approx((0.1 / 3) ** 0.5, rel=0.1)
     assert 0.1 < found.suggested < 0.4
-    below_the_grid = flatness.sigma_range_test(model, loss, x, sigmas=(0.4, 0.8), draws=300, threshold=0.1)
+    with pytest.warns(UserWarning, match="already at sigma 0.4, .* give smaller ones"):
+        below_the_grid = flatness.sigma_range_test(model, loss, x, sigmas=(0.4, 0.8), draws=300, threshold=0.1)
     assert below_the_grid.suggested == pytest.approx((0.1 / 3) ** 0.5, rel=0.1)
     with pytest.warns(UserWarning, match="larger ones"):
         above = flatness.sigma_range_test(model, loss, x, sigmas=(0.01, 0.02), draws=4, threshold=0.1)

@@ -1,5 +1,6 @@
 """Every error names the module or the value, says the way out, and leaves every weight as it was."""
 
+import contextlib
 import re
 import warnings
 
@@ -404,3 +405,57 @@ def test_a_delta_that_raises_midway_leaves_all_weights_clean(restore, split):
         assert len(changed(model, before)) == 2
     if restore != "subtract":
         assert not changed(model, before)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm = nn.Linear(16, 12), norm
+
+    def forward(self, x):
+        return self.norm(self.first(x))
+
+
+def normed(norm):
+    model = get_peft_model(Normed(norm), LoraConfig(r=2, target_modules=["first"])).train()
+    return model, FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, sigma=0.1, schedule="constant")
+
+
+def test_running_statistics_gathered_at_noise_are_told_once():
+    model, optimizer = normed(nn.Sequential(nn.BatchNorm1d(12), nn.BatchNorm1d(12)))
+    for told in (True, False):
+        match = r"norm\.0 \(BatchNorm1d\) and 1 more is in train mode: .*update_bn"
+        with pytest.warns(UserWarning, match=match) if told else contextlib.nullcontext():
+            model(torch.randn(8, 16)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["eval", "no statistics", "LayerNorm", "sigma 0"])
+def test_other_norms_are_not(kind):
+    norm = {"eval": nn.BatchNorm1d(12).eval(), "LayerNorm": nn.LayerNorm(12)}.get(kind, nn.BatchNorm1d(12))
+    if kind == "no statistics":
+        norm = nn.BatchNorm1d(12, track_running_stats=False)
+    model, optimizer = normed(norm)
+    if kind == "eval":
+        norm.eval()
+    if kind == "sigma 0":
+        optimizer.perturb_groups[0]["sigma"] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(8, 16)).sum().backward()
+        optimizer.step()
+
+
+def test_statistics_can_be_gathered_anew_at_clean_weights():
+    """The way out that the message names, amid a step too."""
+    norm, data = nn.BatchNorm1d(12), [torch.randn(64, 16) for _ in range(4)]
+    model, optimizer = normed(norm)
+    with pytest.warns(UserWarning, match="update_bn"):
+        model(data[0]).sum().backward()
+    found = []
+    for _ in range(2):
+        torch.optim.swa_utils.update_bn(data, model)
+        found.append(norm.running_mean.clone())
+        optimizer.detach()
+    assert torch.equal(*found)
+    assert found[0].any()

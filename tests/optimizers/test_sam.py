@@ -22,7 +22,9 @@ SETTINGS = [(space, adaptive) for space in ("adapter", "full") for adaptive in (
 
 def make(space="adapter", dtype=torch.float32, optimizer=torch.optim.AdamW, lr=1e-2, model=None, **settings):
     model = lora_mlp(dtype) if model is None else model
-    return model, SAM(optimizer(trainable(model), lr=lr), space=space, targets=model, **settings)
+    return model, SAM(
+        optimizer(trainable(model), lr=lr), space=space, targets=model if space == "full" else None, **settings
+    )
 
 
 def closure_of(model, batches):
@@ -529,6 +531,64 @@ def test_inside_the_flat_objective():
     assert not changed(model, before)
 
 
+@pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])
+@pytest.mark.parametrize("order", ["flat around it", "around flat", "beside flat"])
+def test_the_ascent_on_weights_with_noise_is_refused(order, restore):
+    model = lora_mlp()
+    before = frozen(model)
+
+    def flat(optimizer):
+        return FlatPerturbOptimizer(optimizer, model, sigma=0.1, schedule="constant", restore=restore)
+
+    def sam(optimizer):
+        return SAM(optimizer, rho=0.1, space="full", targets=model)
+
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    beside = torch.optim.SGD(trainable(model), lr=0.1)
+    if order == "flat around it":
+        outer = optimizer = flat(sam(bare))
+    elif order == "around flat":
+        optimizer = sam(outer := flat(bare))
+    else:
+        optimizer, outer = sam(beside), flat(bare)
+        closure_of(model, [batch()])()
+    with pytest.raises(RuntimeError, match="is perturbed by a FlatPerturbOptimizer too"):
+        optimizer.step(closure_of(model, [batch()]))
+    outer.restore()
+    assert not changed(model, before)
+    outer.detach()
+    sam(beside).step(closure_of(model, [batch()]))
+    assert not changed(model, before)
+
+
+def test_sparse_gradients():
+    class Net(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    ends = []
+    for sparse in (True, False):
+        net = Net(sparse)
+        sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.5)
+        x, y = torch.tensor([1, 1, 5]), torch.tensor([0, 1, 2])
+
+        def closure(net=net, x=x, y=y):
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            sam.step(closure)
+        ends.append([p.detach() for p in net.parameters()])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other)
+
+
 def test_targets_can_be_groups_and_raw_parameters():
     model = lora_mlp()
     before, seen = everything(model), []
@@ -553,6 +613,7 @@ def test_targets_can_be_groups_and_raw_parameters():
         ({"rho": True}, "rho must be"),
         ({"space": "base"}, "adapter, full"),
         ({"space": "full", "targets": None}, "targets=model"),
+        ({"targets": lora_mlp()}, "leave targets out, or pass space='full'"),
         ({"space": "full", "targets": nn.Linear(2, 2)}, "no low-rank module"),
         ({"space": "full", "targets": [{"modules": lora_mlp(), "sigma": 0.1}]}, "sigma"),
     ],

@@ -9,13 +9,22 @@ from helpers import batch, changed, frozen, lora_mlp, trainable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flatopt import FlatPerturbOptimizer
+from flatopt import SAM, FlatPerturbOptimizer
 from flatopt.ops import step_key
 
 
 def wrap(model, cls=torch.optim.SGD, **options):
     options = {"sigma": 0.2, "schedule": "constant", "draws": "micro-batch", "seed": 5, **options}
     return FlatPerturbOptimizer(cls(trainable(model), lr=0.1), model, **options)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = lora_mlp(), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant) * 2
 
 
 def loss_of(model, seed=0):
@@ -107,20 +116,18 @@ def test_one_in_some_micro_batches_is_perturbed(restore, mixed, one_in, keys):
 @pytest.mark.parametrize(
     ("mixed", "enough", "few", "told"),
     [
-        ("mixed", 2, 1, "a step had fewer micro-batches .* one in 1 was perturbed. Accumulate over 2 "),
-        ("mixed/4", 4, 3, "a step had fewer micro-batches .* one in 3 was perturbed. Accumulate over 4 "),
+        ("mixed", 2, 1, "fewer micro-batches than that, the last one 1, .* Accumulate over 2 "),
+        ("mixed/4", 4, 3, "fewer micro-batches than that, the last one 3, .* Accumulate over 4 "),
     ],
 )
-def test_a_step_of_too_few_micro_batches_is_told_once(mixed, enough, few, told):
+def test_steps_of_too_few_micro_batches_are_told_once(mixed, enough, few, told):
     model = lora_mlp()
     optimizer = wrap(model, draws=mixed)
-    for micro in range(enough):
-        loss_of(model, micro).backward()
-    optimizer.step()  # says nothing: pytest makes an error of a warning
-    for again in (True, False):
-        for micro in range(few):
+    # one alone says nothing, as the last of an epoch has what is left: pytest makes an error of a warning
+    for count, warns in ((enough, False), (few, False), (enough, False), (few, False), (few, True), (few, False)):
+        for micro in range(count):
             loss_of(model, micro).backward()
-        with pytest.warns(UserWarning, match=told) if again else contextlib.nullcontext():
+        with pytest.warns(UserWarning, match=told) if warns else contextlib.nullcontext():
             optimizer.step()
 
 
@@ -282,9 +289,83 @@ def test_a_graph_of_the_draw_before_is_refused():
     kept = loss_of(model, 0)
     loss_of(model, 1).backward()
     loss_of(model, 2).backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="at other noise than its forward ran at"):
         kept.backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_the_draw_before_is_refused(reentrant, draws, restore):
+    model = Checkpointed(reentrant)
+    optimizer, before = wrap(model, draws=draws, restore=restore), frozen(model)
+    kept = loss_of(model, 0)
+    loss_of(model, 1).backward()
+    loss_of(model, 2).backward()
+    with pytest.raises(RuntimeError, match="at other noise than its forward ran at"):
+        kept.backward()
+    optimizer.step()
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed", "mixed/4"])
+@pytest.mark.parametrize("how", ["grad", "backward(inputs=)", "penalty first"])
+def test_a_gradient_of_the_inputs_ends_no_micro_batch(keys, how, draws):
+    """FGSM, PGD, VAT; a gradient penalty before the loss."""
+    model = lora_mlp()
+    optimizer, before = wrap(model, draws=draws), frozen(model)
+    noisy = []
+    for micro in range(4):
+        x, y = batch(micro)
+        x.requires_grad_()
+        loss = nn.functional.cross_entropy(model(x), y)
+        if how == "grad":
+            x = (x + torch.autograd.grad(loss, x)[0]).detach()
+        elif how == "penalty first":
+            torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward(retain_graph=True)
+            x = x.detach()
+        else:
+            loss.backward(inputs=x)
+            x = (x + x.grad).detach()
+        if how != "penalty first":
+            loss = nn.functional.cross_entropy(model(x), y)
+        noisy.append(bool(changed(model, before)))
+        loss.backward()
+    optimizer.step()
+    one_in = {"micro-batch": 1, "mixed": 2, "mixed/4": 4}[draws]
+    assert noisy == [micro % one_in == 0 for micro in range(4)]
+    assert keys == [(0, draw) for draw in range(4)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_micro_batches_end_as_others_do(keys, reentrant):
+    model = Checkpointed(reentrant)
+    optimizer = wrap(model)
+    for micro in range(3):
+        loss_of(model, micro).backward()
+        for parameter in trainable(model):
+            parameter.grad = None  # as ZeRO-2 takes them: only the backward itself can tell
+    optimizer.step()
+    assert keys == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_two_gradients_of_a_step_at_two_draws_are_refused():
+    model = lora_mlp()
+    with pytest.raises(ValueError, match="draws='mixed' and SAM in one step"):
+        FlatPerturbOptimizer(SAM(torch.optim.SGD(trainable(model), lr=0.1)), model, schedule="constant", draws="mixed")
+    with pytest.raises(ValueError, match="draws='micro-batch' and SAM in one step"):
+        SAM(wrap(model, draws="micro-batch"))
+
+
+@pytest.mark.parametrize("draws", ["micro-batch", "mixed"])
+def test_raw_parameters_have_no_forward_that_begins_a_micro_batch(draws):
+    model = lora_mlp()
+    weight = model.base_model.model.second.base_layer.weight
+    with pytest.raises(ValueError, match="with raw parameters as targets"):
+        FlatPerturbOptimizer(
+            torch.optim.SGD(trainable(model), lr=0.1), [{"params": [weight]}], schedule="constant", draws=draws
+        )
 
 
 @pytest.mark.parametrize("draws", ["micro-batch", "mixed", "mixed/4"])

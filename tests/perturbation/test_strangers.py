@@ -191,3 +191,62 @@ def test_no_hook_stays_behind(model):
     gc.collect()
     assert hooks == [len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in parts]
     assert len(torch_modules._global_parameter_registration_hooks) == registering
+
+
+# --- another adapter on the same base, trained by an optimizer of its own ------------------------------------------------
+
+
+def other_adapter_on(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        teacher_of(model), LoraConfig(r=4, target_modules=["first", "second", "head"], init_lora_weights=False)
+    )
+
+
+def gradients_of(model, x):
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return [p.grad.clone() for p in trainable(model)]
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy", "forward"])
+@pytest.mark.parametrize("order", ["forward backward", "forwards first", "after the backward"])
+def test_another_model_on_the_same_base_trains_at_clean_weights(order, restore):
+    torch.manual_seed(0)
+    actor = lora_mlp().train()
+    critic, before, (x, _) = other_adapter_on(actor).train(), frozen(actor), batch()
+    expected = gradients_of(critic, x)
+    optimizer = wrap(actor, restore=restore)
+    critic.zero_grad()
+    for _ in range(2):
+        loss = actor(x).square().mean()
+        if order == "after the backward":
+            loss.backward()
+        value = critic(x).square().mean()
+        if order == "forwards first":
+            value.backward()
+            loss.backward()
+        else:
+            value.backward()
+            if order == "forward backward":
+                loss.backward()
+        for gradient, parameter in zip(expected, trainable(critic)):
+            assert torch.equal(parameter.grad, gradient)
+        noisy = [p.grad.clone() for p in trainable(actor)]
+        critic.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not changed(actor, before)
+    assert not all(map(torch.allclose, noisy, gradients_of(actor.eval(), x)))
+
+
+def test_its_backward_after_that_of_the_perturbed_one_is_refused():
+    actor = lora_mlp().train()
+    critic, (x, _) = other_adapter_on(actor).train(), batch()
+    optimizer = wrap(actor)
+    loss, value = actor(x).square().mean(), critic(x).square().mean()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="or one of another model on the same base"):
+        value.backward()
+    optimizer.step()

@@ -202,8 +202,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost
+        before_step = inner.register_step_pre_hook(
+            _weakly(myself, FlatPerturbOptimizer._before_inner_step, gone=_tell_once_gone(inner))
+        )
         for register, hook in (
-            (inner.register_step_pre_hook, FlatPerturbOptimizer._before_inner_step),
             (inner.register_step_post_hook, FlatPerturbOptimizer._after_inner_step),
             (inner.register_state_dict_pre_hook, FlatPerturbOptimizer._before_inner_state_dict),
             (inner.register_load_state_dict_post_hook, FlatPerturbOptimizer._after_inner_load),
@@ -219,7 +221,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         # a model that outlives its optimizer keeps clean weights and no hooks
         self._finalizer = weakref.finalize(self, _detach, self._weights, self._doors, handles, releases)
         self._finalizer.atexit = False
-        self._weights.detach_all = self._finalizer
+
+        def detach_all(finalizer: "weakref.finalize[Any, Any]" = self._finalizer) -> None:
+            before_step.remove()  # left where the collector took this optimizer, to tell of it
+            finalizer()
+
+        self._weights.detach_all = detach_all
         self._mirror()
 
     def _take_over(self) -> None:
@@ -239,7 +246,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
 
         The wrapped optimizer, ``optimizer.optimizer``, goes on bare; a new FlatPerturbOptimizer may be put around it.
         """
-        self._finalizer()
+        self._weights.detach_all()
         ProcessWide.take_off_ended()
 
     def __enter__(self) -> "FlatPerturbOptimizer":
@@ -692,12 +699,30 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         )
 
 
-def _weakly(reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[..., Any]) -> Callable[..., Any]:
+def _weakly(
+    reference: "weakref.ref[FlatPerturbOptimizer]", method: Callable[..., Any], gone: Callable[[], None] = lambda: None
+) -> Callable[..., Any]:
     def hook(*args: Any) -> Any:
         optimizer = reference()
-        return None if optimizer is None else method(optimizer, *args)
+        return gone() if optimizer is None else method(optimizer, *args)
 
     return hook
+
+
+def _tell_once_gone(inner: Optimizer) -> Callable[[], None]:
+    kind = type(inner).__name__
+    told: list[bool] = []
+
+    def tell() -> None:
+        if not told:
+            told.append(True)
+            warn_user(
+                f"the FlatPerturbOptimizer around this {kind} is gone, as nothing kept it, so its steps are taken without "
+                "noise. Keep it and step it: optimizer = FlatPerturbOptimizer(optimizer, ...). If you are done with it, "
+                "call its detach()"
+            )
+
+    return tell
 
 
 def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", releases: "list[Callable[[], None]]") -> None:

@@ -2,13 +2,14 @@
 
 import gc
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("peft")
-from helpers import batch, changed, lora_mlp, trainable
+from helpers import batch, changed, frozen, lora_mlp, trainable
 
 from flatopt import FlatPerturbOptimizer
 
@@ -554,3 +555,39 @@ def test_detached_by_hand_says_so(model, bare):
     optimizer.detach()
     with pytest.raises(RuntimeError, match=r"detach\(\) was called"):
         optimizer.perturb()
+
+
+def test_an_optimizer_that_nobody_keeps_is_told_of_once():
+    model = lora_mlp()
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant")
+    gc.collect()
+    before = frozen(model)
+    for told in (True, False):
+        model(batch()[0]).sum().backward()
+        with pytest.warns(UserWarning, match="around this SGD is gone, as nothing kept it") if told else nullcontext():
+            bare.step()
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("how", ["detach", "with", "another around it"])
+def test_one_that_is_done_with_is_not(how):
+    model = lora_mlp()
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    optimizer = FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if how == "another around it":
+            warnings.filterwarnings("ignore", message=".*the new one takes over")
+            optimizer = FlatPerturbOptimizer(bare, model, sigma=0.3, schedule="constant")
+        elif how == "with":
+            with optimizer:
+                pass
+        else:
+            optimizer.detach()
+        if how != "another around it":
+            del optimizer
+        gc.collect()
+        for _ in range(2):
+            model(batch()[0]).sum().backward()
+            bare.step()

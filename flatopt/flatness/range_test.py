@@ -1,13 +1,13 @@
 """Choosing σ: how much noise the trained model bears."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..core.arguments import is_number
+from ..core.warn import warn_user
 from .point import LossFn, at_weights
 from .sharpness import Estimate, check_draws, mean_rise, noise_scales
 
@@ -73,20 +73,18 @@ def sigma_range_test(
 def _first_reaches(threshold: float, sigmas: "tuple[float, ...]", rise: "list[float]") -> float:
     low_sigma, low = 0.0, 0.0
     if rise[0] > 2 * threshold:
-        warnings.warn(
+        warn_user(
             f"the loss rises by {rise[0]:.3g} already at sigma {sigmas[0]:g}, more than the threshold {threshold:g}, so "
             "that the sigma suggested lies below the grid: give smaller ones. A model this sharp may be fitted too far, or "
             "have BatchNorm statistics of another weight",
-            stacklevel=3,
         )
     for sigma, value in zip(sigmas, rise):
         if not value < threshold:  # a loss that is no longer a number has reached it too
             part = (threshold - low) / (value - low) if value < float("inf") else 0.5
             return math.sqrt(low_sigma**2 + part * (sigma**2 - low_sigma**2))
         low_sigma, low = sigma, value
-    warnings.warn(
+    warn_user(
         f"the loss rises by at most {max(rise):.3g}, less than the threshold {threshold:g}, up to sigma {sigmas[-1]:g}: "
         "give larger ones; or train the adapter first, as an untrained one has nothing to lose",
-        stacklevel=3,
     )
     return sigmas[-1]

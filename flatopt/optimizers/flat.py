@@ -39,6 +39,8 @@ from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
 
+_before_steps: "weakref.WeakKeyDictionary[Optimizer, Any]" = weakref.WeakKeyDictionary()  # hooks on wrapped optimizers
+
 
 class FlatPerturbOptimizer(OptimizerWrapper):
     r"""Trains low-rank adapters at randomly perturbed frozen base weights (Flat-LoRA, Li et al., ICML 2025).
@@ -197,12 +199,14 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._made = self._one_in  # micro-batches of the last step
         self._doors = Doors(self._weights, perturb, is_over, next_draw, adapters_wanted)
         weights = self._weights.weights()
-        self._adapters = {id(p) for weight in weights for p in weight.layer.parameters()}
+        self._adapters = _parameters_of_adapters(weights)
         listen(self._doors, self._roots, weights)
         listen_for_strangers(self._doors)
         handles: list[Any] = []
         inner = self.innermost
-        before_step = inner.register_step_pre_hook(
+        if inner in _before_steps:
+            _before_steps[inner].remove()  # of one that is gone
+        before_step = _before_steps[inner] = inner.register_step_pre_hook(
             _weakly(myself, FlatPerturbOptimizer._before_inner_step, gone=_tell_once_gone(inner))
         )
         for register, hook in (
@@ -320,6 +324,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
             self._checked.clear()
+            self._adapters = _parameters_of_adapters(self._weights.weights())
             self._warn_adapted_later()
         for number, group in enumerate(self.perturb_groups):
             settings = (group["sigma"], group["schedule"], group["noise"], group["restore"], self._total_steps)
@@ -594,7 +599,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 f"{'; '.join(list(tied.values())[:3])}{more}, which reads it too: it is rounded with the first one's "
                 "adapter alone. Leave it out, or use noise='filter'",
             )
-        if 0 < group["sigma"] < 0.5 or group["schedule"] in ("cosine", "linear"):
+        if group["sigma"] > 0 and (group["sigma"] < 0.5 or group["schedule"] in ("cosine", "linear")):
             self._warn_once(
                 "a short way",
                 f"sigma={group['sigma']:g} with schedule={group['schedule']!r} goes a part of the way to the weights "
@@ -734,6 +739,10 @@ def _detach(weights: PerturbedWeights, doors: Doors, handles: "list[Any]", relea
             handle.remove()
         for release in releases:
             release()
+
+
+def _parameters_of_adapters(weights: "list[AdaptedWeight]") -> "set[int]":
+    return {id(p) for weight in weights for p in weight.layer.parameters()}
 
 
 def _first_parameter(optimizer: Optimizer) -> int:

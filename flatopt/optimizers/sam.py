@@ -1,7 +1,6 @@
 """Sharpness-aware minimisation, the comparison: on the adapter, or on the frozen weights under it."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from ..adapters.checks import check
 from ..adapters.registry import as_plain_data, from_plain_data
 from ..core.arguments import is_number
 from ..core.sharding import fsdp_modules, is_sharded, local
+from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
 from ..perturbation.interrupts import uninterrupted
 from ..perturbation.weights import perturbed_by_another
@@ -258,7 +258,7 @@ class SAM(OptimizerWrapper):
                 "the closure did not call backward(), or the module detaches its frozen weights (then only space='adapter' "
                 "can work)"
             )
-        warnings.warn(f"SAM found no gradient on any weight it should perturb, so w stays put: {reasons}.", stacklevel=5)
+        warn_user(f"SAM found no gradient on any weight it should perturb, so w stays put: {reasons}.")
 
     def __getstate__(self) -> "dict[str, Any]":
         names = ("optimizer", "rho", "space", "adaptive", "shared", "_roots", "_ready", "_warned")

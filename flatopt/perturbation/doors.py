@@ -22,7 +22,7 @@ from .stack import (
     refuse_transforms,
     running_modules,
 )
-from .tensors import before_its_backward, storage_of
+from .tensors import all_tensors_in, before_its_backward, storage_of
 from .unseen_steps import UnseenSteps
 from .weights import CLEAN, PERTURBED, SUSPENDED, PerturbedWeights
 
@@ -68,6 +68,7 @@ class Doors:
         # no part of the targets, but in their memory: their hooks
         self.strangers: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
         self.wholes: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have some of these inside and run as one
+        self.others: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # models without an owner
         self.looked = False  # for strangers
         self.told_of_sharing = False  # memory with other processes
         self.first_pass = FirstPass()
@@ -180,10 +181,12 @@ class Doors:
             self.refuse_in_backward(output)
         self.weights.resume()
 
-    def resume_in_backward(self, output: Any) -> None:
+    def resume_in_backward(self, output: Any, inputs: Any) -> None:
         """The graph behind ``output`` was made at W + ε: its backward brings W + ε back where a reader suspended it."""
-        assert self.weights is not None
-        before_its_backward(output, partial(self._before_backward, self.weights.request, self.weights.writes()))
+        weights, given = self.weights, all_tensors_in(inputs)
+        assert weights is not None
+        of_inputs = any(tensor.requires_grad for tensor in given)  # a backward may be of these alone
+        before_its_backward(output, partial(self._before_backward, weights.request, weights.moved, of_inputs), given)
 
     def refuse_in_backward(self, output: Any) -> None:
         """The graph behind ``output`` was made at W in eval mode: its backward fails at W + ε, and should say why."""
@@ -191,23 +194,23 @@ class Doors:
 
     def _clean_graph_in_backward(self, grad: Tensor) -> None:
         weights = self.weights
-        if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes():
+        if weights is not None and weights.state == PERTURBED and not weights.held and weights.writes:
             raise RuntimeError(
                 "the weights that this backward needs were modified by an inplace operation: a forward in eval mode made "
                 "its graph at clean weights, or one of another model on the same base, then a training forward opened the "
-                "step, or a backward under way went on. Give the module around both as targets, call optimizer.perturb() "
-                "before the first forward, or run the one in eval mode without gradients; take the backward of the other "
-                "model before the next forward of this one"
+                "step, or a backward under way went on. Give both as targets ([{'modules': [one, other]}], or the module "
+                "around them), call optimizer.perturb() before the first forward, or run the one in eval mode without "
+                "gradients; of another model, take the backward before the next forward of this one"
             )
 
-    def _before_backward(self, noise: "NoiseRequest | None", written: bool, grad: Tensor) -> None:
+    def _before_backward(self, noise: "NoiseRequest | None", moved: bool, of_inputs: bool, grad: Tensor) -> None:
         weights = self.weights
         if weights is None:
             return
         self.graph_is_old = weights.state != CLEAN and weights.request != noise
-        if self.graph_is_old and (written or weights.writes()):
+        if self.graph_is_old and (moved or weights.writes):
             raise RuntimeError(_OLD_GRAPH)
-        self.backward_began = self.backward_began or self.wanted()
+        self.backward_began = self.backward_began or not of_inputs or self.wanted()
         if weights.state == SUSPENDED:
             weights.resume()
 

@@ -27,19 +27,19 @@ def came_since(before: "list[Any]", parameters: "Iterable[Tensor]") -> bool:
 
 def wanted(parameters: "Iterable[Tensor]") -> bool:
     """Whether the backward under way makes a gradient of any of ``parameters``; one of a model's inputs alone does not."""
-    nothing_asked = True
     for parameter in parameters:
-        nothing_asked = False
         if is_sharded(parameter) or not parameter.is_leaf:
             return True  # what FSDP2 has gathered takes its place in the graph
+        if not parameter.requires_grad:
+            continue
         with torch.enable_grad():
             view: Any = parameter.view_as(parameter)
         try:
             if torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]):
                 return True
-        except NotImplementedError:  # torch.autograd.grad(loss, parameters)
+        except RuntimeError:  # it cannot be asked about what torch.autograd.grad(loss, parameters) is given
             return True
-    return nothing_asked
+    return False
 
 
 def _is_one(grad: Tensor) -> bool:

@@ -158,7 +158,7 @@ class BeforeRoot(Hook):
 
 class AfterRoot(Hook):
     @untraced
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         doors = self.doors
         if doors is None or doors.weights is None or torch.compiler.is_compiling():
             return
@@ -175,7 +175,7 @@ class AfterRoot(Hook):
         calls.inside.discard(module)
         doors.within = bool(calls.inside)
         if trains and doors.weights.state == PERTURBED:
-            doors.resume_in_backward(output)
+            doors.resume_in_backward(output, (args, kwargs))
         elif trains is False and torch.is_grad_enabled():
             doors.refuse_in_backward(output)
 
@@ -225,7 +225,7 @@ class BeforeOwner(Hook):
 
             def after(module: nn.Module, args: Any, output: Any) -> None:
                 handles.pop().remove()
-                doors.resume_in_backward(output)
+                doors.resume_in_backward(output, args)
 
             handles.append(module.register_forward_hook(after))
 
@@ -282,7 +282,7 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", weights: "list[AdaptedWei
     for root in roots:
         # prepended: FSDP gathers the weights in hooks of its own, and must gather perturbed ones
         doors.handles.append(root.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        doors.handles.append(root.register_forward_hook(after, prepend=True, always_call=True))
+        doors.handles.append(root.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
     doors.owners.update(owners)
     doors.look_where_they_lie()
     tied = [module for root in roots for module in root.modules() if any(map(doors.holds, module._parameters.values()))]
@@ -297,6 +297,7 @@ def listen(doors: Doors, roots: "Iterable[nn.Module]", weights: "list[AdaptedWei
         doors = myself()
         if doors is not None and submodule is not None and adapter_of(submodule) is not None:
             doors.adapters_changed = True
+            doors.others.clear()
 
     doors.handles.append(ProcessWide(register_module_module_registration_hook(adapted)))
 

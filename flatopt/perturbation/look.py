@@ -96,7 +96,7 @@ class GroupLook:
 
     def _leave_out(self, taken: "set[int]") -> None:
         """Of the weights those in memory that is ``taken``, by an earlier group or a weight before them."""
-        views = []
+        views, self._memory = [], set()
         for view, there, parameter in zip(self._known, self._seen[1], self.parameters):
             there = there or data_ptr(parameter)
             if there not in taken:

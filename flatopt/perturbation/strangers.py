@@ -16,7 +16,6 @@ from ..core.warn import warn_user
 from .doors import Doors
 from .hooks import CleanFirst, Hook, ProcessWide, clean_copies, exported
 from .stack import enclosing_forward, in_autograd_function, in_backward, running_modules
-from .weights import CLEAN
 
 
 def listen_for_strangers(doors: Doors) -> None:
@@ -40,6 +39,7 @@ def find_strangers(doors: Doors) -> None:
     """
     doors.look_where_they_lie()
     doors.looked = True
+    doors.others.clear()
     modules = _modules_of_the_process()
     scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
     plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
@@ -110,19 +110,18 @@ def _registered(doors: Doors, module: nn.Module, parameter: Any) -> None:
 
 
 class BeforeStranger(Hook):
-    """On a module that shares the weights' memory and is no part of the targets: it reads W clean. Where it trains it is a
-    part of the same model (a tied head) and follows it, unless an adapter around it makes it another's base weight."""
+    """On a module that shares the weights' memory and is no part of the targets: it reads W clean. In training it follows
+    the model that it is a part of (a tied head); another model's base weight, with an adapter of its own, is clean."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         doors = self.doors
-        if doors is None or doors.weights is None or exported(doors):
+        if doors is None or doors.weights is None or doors.weights.held or exported(doors):
             return
-        if torch.is_grad_enabled() and module.training:
-            if not torch.compiler.is_compiling() and doors.weights.state != CLEAN and not doors.weights.held:
-                _train_clean(doors, module)
-            return
-        if doors.weights.noisy and not doors.weights.held:
-            _read_clean(doors, module, torch.compiler.is_compiling())
+        compiling = torch.compiler.is_compiling()
+        if not compiling and module.training and _is_of_another_model(doors, module):
+            _train_clean(doors, module)
+        elif doors.weights.noisy and not (torch.is_grad_enabled() and module.training):
+            _read_clean(doors, module, compiling)
 
 
 @torch.compiler.disable
@@ -134,18 +133,33 @@ def _read_clean(doors: Doors, module: nn.Module, compiled: bool) -> None:
         doors.settle(module, False)
 
 
+def _is_of_another_model(doors: Doors, module: nn.Module) -> bool:
+    """Whether ``module`` runs in, or is, a model with adapters of its own and none of the targets' weights."""
+    running = list(running_modules())
+    around = next((each for each in running if each is not module), module)
+    whole = running[-1] if running else module
+    if module not in doors.wholes and adapter_of(around) is None:
+        return False
+    known = doors.others.get(whole)
+    if known is None:
+        parts = list(whole.modules())
+        known = doors.others[whole] = doors.owners.isdisjoint(parts) and any(adapter_of(part) is not None for part in parts)
+    return known
+
+
 def _train_clean(doors: Doors, module: nn.Module) -> None:
-    """Another model on the same base weights, with an adapter of its own, trains at these as they are."""
-    around = next((running for running in running_modules() if running is not module), None)
-    if in_backward() or around is None or adapter_of(around) is None:
+    """What its backward needs is W as it is now; also where a checkpoint runs it again."""
+    if doors.weights is not None and in_backward():
+        doors.weights.suspend()
         return
     doors.settle(module, False)
+    if torch.is_grad_enabled():
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        handle.remove()
-        doors.refuse_in_backward(output)
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            handle.remove()
+            doors.refuse_in_backward(output)
 
-    handle = module.register_forward_hook(after)
+        handle = module.register_forward_hook(after)
 
 
 class BeforeCompiledStranger(BeforeStranger):

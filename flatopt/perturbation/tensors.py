@@ -1,7 +1,7 @@
 """Tensors inside of what a forward takes or returns, and where they lie."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -22,10 +22,16 @@ def storage_of(tensor: Tensor) -> int:
         return 0
 
 
-def before_its_backward(output: Any, call: Callable[[Tensor], None]) -> None:
+def before_its_backward(output: Any, call: Callable[[Tensor], None], inputs: "Sequence[Tensor]" = ()) -> None:
+    """``call`` when a backward comes to ``output``, but for what was among the ``inputs``, whose graph is another's."""
+    given = set(map(id, inputs))
     for tensor in tensors_in(output):
-        if tensor.requires_grad and not tensor.is_leaf:
+        if tensor.requires_grad and not tensor.is_leaf and id(tensor) not in given:
             tensor.register_hook(call)
+
+
+def all_tensors_in(things: Any) -> "list[Tensor]":
+    return list(tensors_in(things))
 
 
 def tensors_in(output: Any, depth: int = 8, seen: "set[int] | None" = None) -> "Iterable[Tensor]":

@@ -65,6 +65,8 @@ class PerturbedWeights:
         self.state = CLEAN
         self.noisy = False  # state == PERTURBED: torch.compile keeps code for each value of what a hook reads
         self.partly = False  # perturbed only in part: nobody may use W before restore() has succeeded
+        self.moved = False  # there is noise now, for readers that stand clean amid it too
+        self.writes = False  # some of it is in W itself, not in a layer's forward
         self.held = False  # inside ``with perturbed()``: every forward is one at W + ε
         self.thread = 0  # that perturbed them
         self.taken_over = ""  # a weight that a newer optimizer perturbs now
@@ -97,6 +99,7 @@ class PerturbedWeights:
             self.reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self.request = self._look(request), request
+            self.moved, self.writes = bool(self._plans), any(not isinstance(each, ForwardPlan) for each in self._plans)
             self._refuse_shared_memory()
             key = request.key
             self._stand(PERTURBED)
@@ -240,6 +243,7 @@ class PerturbedWeights:
         self._stand(CLEAN)
         self.partly = False
         self._plans, self._kept_versions, self._swapped = [], [], []
+        self.moved = self.writes = False
         for look in self._looks:
             look.release()
 
@@ -361,10 +365,6 @@ class PerturbedWeights:
 
     def weights(self) -> "list[AdaptedWeight]":
         return [weight for group in self.groups for weight in group["targets"]]
-
-    def writes(self) -> bool:
-        """Whether any of this step's noise is in W itself, not in a layer's forward."""
-        return any(not isinstance(each, ForwardPlan) for each in self._plans)
 
     def lie_inside(self, module: nn.Module) -> bool:
         """Whether any of the weights, a layer that adapts one, or what shares their memory, is part of ``module``."""

@@ -570,6 +570,20 @@ def test_an_optimizer_that_nobody_keeps_is_told_of_once():
     assert not changed(model, before)
 
 
+def test_nor_one_in_whose_place_another_is_by_now():
+    """A notebook's cell that is run again; a sweep over sigma."""
+    model = lora_mlp()
+    bare = torch.optim.SGD(trainable(model), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sigma in (0.1, 0.2):
+            optimizer = FlatPerturbOptimizer(bare, model, sigma=sigma, schedule="constant")
+            backward(model)
+            optimizer.step()
+            del optimizer
+            gc.collect()
+
+
 @pytest.mark.parametrize("how", ["detach", "with", "another around it"])
 def test_one_that_is_done_with_is_not(how):
     model = lora_mlp()

@@ -338,6 +338,92 @@ def test_a_gradient_of_the_inputs_ends_no_micro_batch(keys, how, draws):
     assert keys == [(0, draw) for draw in range(4)]
 
 
+@pytest.mark.parametrize("requires", [True, False], ids=["x wants a gradient", "x wants none"])
+@pytest.mark.parametrize("who", ["half of them", "all of them for a while", "copies by functional_call"])
+def test_adapters_that_are_frozen_or_replaced(keys, who, requires):
+    model = lora_mlp()
+    optimizer = wrap(model)
+    for micro in range(3):
+        x, y = batch(micro)
+        x.requires_grad_(requires)
+        if who == "all of them for a while":  # a generator's turn: it is not counted
+            for parameter in (adapters := trainable(model)):
+                parameter.requires_grad_(False)
+            if requires:
+                nn.functional.cross_entropy(model(x), y).backward()
+            for parameter in adapters:
+                parameter.requires_grad_(True)
+        elif who == "half of them":
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.requires_grad_(False)
+        if who == "copies by functional_call" and not requires:
+            copies = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+            loss = nn.functional.cross_entropy(torch.func.functional_call(model, copies, (x,)), y)
+            for parameter, gradient in zip(trainable(model), torch.autograd.grad(loss, list(copies.values()))):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        else:
+            nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert keys == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_an_input_among_the_outputs_belongs_to_no_draw():
+    """hidden_states[0] is the inputs_embeds that were given, made once for all micro-batches."""
+    model = lora_mlp()
+    inner, embed = model.get_base_model(), nn.Linear(16, 16)
+    forward = inner.forward
+    inner.forward = lambda x: (forward(x), x)
+    optimizer = wrap(model)
+    x, y = batch()
+    embedded = embed(x)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(embedded)[0], y).backward(retain_graph=True)
+    optimizer.step()
+    assert embed.weight.grad is not None
+
+
+def test_an_attack_through_a_checkpoint_of_somebodys_function_ends_no_micro_batch(keys):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad + 0 * ctx.saved_tensors[0]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = lora_mlp()
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.inner(Doubled.apply(x)), x, use_reentrant=False)
+
+    model = Model()
+    optimizer = wrap(model)
+    for micro in range(3):
+        x, y = batch(micro)
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), x)
+        nn.functional.cross_entropy(model((x + gradient).detach()), y).backward()
+    optimizer.step()
+    assert set(keys) == {(0, 0), (0, 1), (0, 2)}
+
+
+def test_torch_autograd_grad_ends_a_micro_batch(keys):
+    model = lora_mlp()
+    optimizer = wrap(model)
+    for micro in range(3):
+        found = torch.autograd.grad(loss_of(model, micro), trainable(model))
+        for parameter, gradient in zip(trainable(model), found):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    optimizer.step()
+    assert keys == [(0, 0), (0, 1), (0, 2)]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_micro_batches_end_as_others_do(keys, reentrant):
     model = Checkpointed(reentrant)

@@ -358,3 +358,23 @@ def test_an_optimizer_of_somebodys_own_with_a_name_for_its_optimizer():
     model(batch()[0]).sum().backward()
     Named(nn.Linear(2, 2).parameters(), lr=0.1).step()
     wrapped.step()
+
+
+def test_a_weight_tied_to_one_of_a_group_that_rests_is_perturbed_by_its_own():
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).requires_grad_(False)
+    groups = [{"params": [layers[0].weight]}, {"modules": lora_of(layers[1:])}]
+    optimizer = wrap(None, groups)
+    owner, shared = groups[1]["modules"].base_model.model[0].base_layer, layers[0].weight
+    clean, owner.weight = shared.clone(), shared
+    for sigma in (0.0, 0.2, 0.0):
+        optimizer.perturb_groups[0]["sigma"] = sigma
+        optimizer.perturb()
+        assert not torch.equal(shared, clean)
+        optimizer.restore()
+        assert torch.equal(shared, clean)
+
+
+def lora_of(layers):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "1"]))

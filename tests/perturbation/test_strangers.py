@@ -250,3 +250,60 @@ def test_its_backward_after_that_of_the_perturbed_one_is_refused():
     with pytest.raises(RuntimeError, match="or one of another model on the same base"):
         value.backward()
     optimizer.step()
+
+
+def reentrant(model):
+    return lambda x: torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize("restore", ["reversible", "copy"])
+@pytest.mark.parametrize("kind", ["compiled", "reentrant", "a layer of it"])
+def test_another_model_trains_at_clean_weights_whoever_runs_it(kind, restore):
+    torch.manual_seed(0)
+    actor = lora_mlp().train()
+    critic, before, (x, _) = other_adapter_on(actor).train(), frozen(actor), batch()
+    expected = gradients_of(critic, x)
+    if kind == "a layer of it":
+        first = critic.get_base_model().first
+        whole = critic.get_base_model()
+        whole.forward = lambda x: whole.head(torch.tanh(whole.second(torch.tanh(reentrant(first)(x)))))
+        expected = gradients_of(critic, x)
+    run = {"compiled": lambda: torch.compile(critic, backend="aot_eager"), "reentrant": lambda: reentrant(critic)}.get(
+        kind, lambda: critic
+    )()
+    optimizer = wrap(actor, restore=restore)
+    try:
+        for _ in range(2):
+            critic.zero_grad()
+            loss = actor(x).square().mean()
+            run(x).square().mean().backward()
+            for gradient, parameter in zip(expected, trainable(critic)):
+                torch.testing.assert_close(parameter.grad, gradient)
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch._dynamo.reset()
+    assert not changed(actor, before)
+
+
+def test_a_tied_layer_with_an_adapter_of_its_own_follows_its_model():
+    from peft import LoraConfig, get_peft_model
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.last.weight = self.first.weight
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)))
+
+    model = get_peft_model(Tied(), LoraConfig(r=2, target_modules=["first", "last"])).train()
+    inner, seen = model.base_model.model, []
+    optimizer = wrap(model, targets=[{"modules": inner.first}])
+    clean = inner.first.base_layer.weight.clone()
+    inner.last.register_forward_hook(lambda *_: seen.append(not torch.equal(inner.first.base_layer.weight, clean)))
+    for _ in range(2):
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+    assert seen == [True, True]

@@ -9,6 +9,19 @@ import torch
 from helpers import frozen, lora_mlp
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file whose tests share what processes of its own found goes to one worker; all others test by test."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if any(part in file for part in ("distributed/", "_ranks", "_scaling", "_ablation")) else nodeid
+
+    return Scheduling(config, log) if config.option.dist == "load" else None
+
+
 def pytest_collection_finish():
     """What imports left is looked through no more: by the collector, and for modules that share memory with a weight."""
     gc.collect()

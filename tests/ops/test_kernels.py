@@ -194,7 +194,7 @@ def test_plainly_added_noise_is_the_references(kernels, dtype, mode):
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sigma", [1e-4, 0.05, 2.0])
+@pytest.mark.parametrize("sigma", [1e-4, 0.05, 2.0] if DEVICE == "cuda" else [0.05])
 def test_odd_bits_come_back(kernels, dtype, sigma):
     modules = [LowRank(strange(20, 64, dtype), 4), LowRank(strange(9, 33, dtype).t().contiguous().t(), 2)]
     clean = [module.weight.detach().clone() for module in modules]
@@ -279,7 +279,7 @@ def test_noise_does_not_depend_on_the_launch(monkeypatch):
 @runs
 @pytest.mark.parametrize("columns", [1 << 17, 40_001] if DEVICE == "cuda" else [16_641])  # the interpreter is slow
 def test_rows_that_several_programs_share(kernels, columns):
-    module = LowRank(gaussian(2, columns, dtype=torch.bfloat16), 2)
+    module = LowRank(gaussian(2 if DEVICE == "cuda" else 1, columns, dtype=torch.bfloat16), 2)
     clean = module.weight.detach().clone()
     optimizer = optimizer_for(module)
     optimizer.perturb()

@@ -326,7 +326,7 @@ def test_a_gradient_of_the_inputs_ends_no_micro_batch(keys, how, draws):
             torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward(retain_graph=True)
             x = x.detach()
         else:
-            loss.backward(inputs=x)
+            loss.backward(inputs=[x])
             x = (x + x.grad).detach()
         if how != "penalty first":
             loss = nn.functional.cross_entropy(model(x), y)

@@ -63,11 +63,10 @@ CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore:FlatPerturbOptimizer.step.. saw no training forward")
-@pytest.mark.parametrize("restore", ["reversible", "copy"])
 @pytest.mark.parametrize("end", ["restore", "step", "detach", "merge_and_unload"])
-def test_it_comes_back_from_any_order_of_calls(restore, end):
+def test_it_comes_back_from_any_order_of_calls(end):
     for calls in itertools.product(CALLS, repeat=3):
-        model, optimizer = make(restore=restore)
+        model, optimizer = make()
         expected = evaluate(model)
         model(X).sum().backward()
         for call in calls:

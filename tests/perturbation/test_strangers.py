@@ -190,7 +190,7 @@ def test_no_hook_stays_behind(model):
     optimizer.detach()
     gc.collect()
     assert hooks == [len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in parts]
-    assert len(torch_modules._global_parameter_registration_hooks) == registering
+    assert len(torch_modules._global_parameter_registration_hooks) <= registering  # older ones of other tests go, too
 
 
 # --- another adapter on the same base, trained by an optimizer of its own ------------------------------------------------

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..core.arguments import is_number
 from ..core.warn import warn_user
-from .point import LossFn, at_weights
-from .sharpness import Estimate, check_draws, mean_rise, noise_scales
+from .point import LossFn
+from .sharpness import Estimate, check_draws, rises
 
 SIGMAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
@@ -52,7 +52,8 @@ def sigma_range_test(
         threshold: rise of the loss, in its units. 0.1 nats is for cross-entropy, and a rule of thumb: it gave .23, .32, .36
             and .40 on four seeds of the digits ViT in ``examples/``, whose validation chose .45 of {.15, .3, .45, .6, .8},
             and .83 to .86 on five of the ablations' text task, on which no σ helped: it tells what a model bears.
-        draws: pairs ±ε per σ, from the same standard normals for every σ; at least 2.
+        draws: pairs ±ε per σ, from the same standard normals for every σ; at least 2. Where a base weight is quantised,
+            twice as many ε, in the layers' forward as in training.
         seed: names the ε.
 
     Warns:
@@ -63,9 +64,7 @@ def sigma_range_test(
     sigmas = tuple(sigmas)
     if not sigmas or not all(map(is_number, sigmas)) or sorted(set(sigmas)) != list(sigmas) or sigmas[0] <= 0:
         raise ValueError(f"sigmas must be positive and rising, got {sigmas!r}")
-    with at_weights(model, loss_fn, batches, targets) as point:
-        clean, scales = point.loss(), noise_scales(point)
-        rise = [mean_rise(point, clean, sigma, draws, seed, scales) for sigma in sigmas]
+    clean, rise = rises(model, loss_fn, batches, sigmas, draws, seed, targets)
     suggested = _first_reaches(threshold, sigmas, [each.value for each in rise])
     return RangeTest(sigmas, tuple(rise), clean, threshold, suggested)
 

@@ -1,7 +1,7 @@
 """How much the loss rises near the weights: on average, and at worst."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.arguments import demand_positive, demand_whole, is_number
 from ..ops.norms import square_sums, stds_of
+from .packed import has_packed, rises_of_packed
 from .point import LossFn, Point, at_weights
 
 
@@ -62,6 +63,26 @@ def mean_rise(point: Point, clean: float, sigma: float, draws: int, seed: int, s
     return estimate(samples)
 
 
+def rises(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+    targets: Any,
+) -> "tuple[float, list[Estimate]]":
+    """The loss, and its mean rise at each σ."""
+    if isinstance(targets, (list, tuple)) and all(isinstance(group, dict) for group in targets):  # read twice
+        targets = [{k: list(v) if isinstance(v, Iterator) else v for k, v in group.items()} for group in targets]
+    if has_packed(model, targets):
+        clean, samples = rises_of_packed(model, loss_fn, batches, sigmas, draws, seed, targets)
+        return clean, [estimate(each) for each in samples]
+    with at_weights(model, loss_fn, batches, targets) as point:
+        clean, scales = point.loss(), noise_scales(point)
+        return clean, [mean_rise(point, clean, sigma, draws, seed, scales) for sigma in sigmas]
+
+
 def expected_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
@@ -81,15 +102,15 @@ def expected_sharpness(
         model, loss_fn, batches, targets: see :mod:`flatopt.flatness`.
         sigma: σ of Eq. 7 of arXiv 2409.14396. 0.05 is the paper's; take the one you trained with.
         draws: how many ε; at least 2. A sample is the mean over W' + ε and W' - ε, whose
-            expectation is the same and whose variance has no first-order part.
+            expectation is the same and whose variance has no first-order part. Where a base weight is quantised, each sample
+            is one forward with the noise in it, as in training, and there are twice as many.
         seed: names the ε. The k-th sample of two models of one architecture has the same standard normals, so the difference
             between the models has a smaller error when it is taken sample by sample.
     """
     if not (is_number(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
     check_draws(draws)
-    with at_weights(model, loss_fn, batches, targets) as point:
-        return mean_rise(point, point.loss(), sigma, draws, seed, noise_scales(point))
+    return rises(model, loss_fn, batches, (sigma,), draws, seed, targets)[1][0]
 
 
 def worst_case_sharpness(

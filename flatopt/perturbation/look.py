@@ -193,6 +193,10 @@ class GroupLook:
         if self.tensors:
             self._seen[-1] = self._versions(self.parameters, self.tensors)
 
+    def forget(self) -> None:
+        """A weight was written to under the noise: what was seen of it holds no more, whatever its version says."""
+        self._seen, self._keys, self.plans = [], [], []
+
     def written_to(self) -> "list[WeightView]":
         now = self._versions(self.parameters, self.tensors)
         if not self.tensors or now == self._seen[-1]:

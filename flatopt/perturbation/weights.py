@@ -292,6 +292,8 @@ class PerturbedWeights:
     def _refuse(self, written: "list[WeightView]", replaced: "Sequence[WeightView]" = ()) -> None:
         if not (written or replaced):
             return
+        for look in self._looks:
+            look.forget()
         kept = {id(view) for look in self._looks if look.keeps_copies for view in look.views}
         overwritten, lost = [v for v in written if id(v) in kept], [v for v in written if id(v) not in kept]
         said = []

@@ -1,5 +1,7 @@
 """A weight that somebody wrote to amid a step costs that weight alone: all others come back, and the error names it."""
 
+import copy
+
 import pytest
 import torch
 from helpers import batch, changed, frozen, lora_mlp, trainable
@@ -73,3 +75,27 @@ def test_every_lost_weight_is_named():
         optimizer.restore()
     assert NAME not in changed(model, before)
     optimizer.restore()
+
+
+@pytest.mark.parametrize("restore", ["reversible", "subtract"])
+@pytest.mark.parametrize("write", [under_no_grad, through_data])
+def test_the_noise_after_it_has_the_scale_of_what_was_written(write, restore):
+    def wrap(model):
+        inner = torch.optim.SGD(trainable(model), lr=0.0)
+        return FlatPerturbOptimizer(inner, model, sigma=0.2, schedule="constant", restore=restore, seed=3)
+
+    model = lora_mlp()
+    optimizer, (x, _) = wrap(model), batch()
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    model(x).sum().backward()
+    write(model.base_model.model.second.base_layer)
+    with pytest.raises(RuntimeError, match="was written to while it was perturbed"):
+        optimizer.restore()
+    twin = copy.deepcopy(model)
+    anew = wrap(twin)
+    anew.step_count = optimizer.step_count
+    optimizer.perturb(), anew.perturb()
+    for one, other in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(one, other)

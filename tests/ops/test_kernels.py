@@ -336,7 +336,7 @@ CHANGES = {
 
 def of_interest(change, dora):
     """In the interpreter, which is slow: of DoRA, what its table has to follow."""
-    return DEVICE == "cuda" or not dora or change in ("nothing", "an optimizer's step", "another adapter", "W written")
+    return DEVICE == "cuda" or not dora or change in ("an optimizer's step", "W written")
 
 
 @runs

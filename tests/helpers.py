@@ -31,6 +31,15 @@ def lora_mlp(dtype=torch.float32, **config):
     return get_peft_model(Mlp(), LoraConfig(**config)).to(dtype)
 
 
+def twin_on_the_same_base(model):
+    """An :class:`Mlp` on the frozen tensors of ``model``, an adapted one."""
+    twin, base = Mlp(), model.get_base_model()
+    for name in ("first", "second", "head"):
+        layer = getattr(base, name).base_layer
+        getattr(twin, name).weight, getattr(twin, name).bias = layer.weight, layer.bias
+    return twin
+
+
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 

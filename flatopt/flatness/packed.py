@@ -10,7 +10,7 @@ from ..adapters.quantized import format_of
 from ..optimizers.flat import FlatPerturbOptimizer
 from ..optimizers.groups import read_groups
 from ..perturbation.weights import perturbed_by_another
-from .point import LossFn
+from .point import LossFn, in_eval_mode, listed
 
 # moves no bit, but runs the same forward; in the layer's own, bitsandbytes would repack it for inference on some CPUs
 NONE = 1e-30
@@ -32,9 +32,7 @@ def rises_of_packed(
     targets: Any,
 ) -> "tuple[float, list[list[float]]]":
     """The loss at W + sBA, and for each σ its rise in each of ``2 * draws`` draws of ε, the same normals for every σ."""
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches is empty: pass a list of batches, the same for all models that are compared")
+    batches = listed(batches)
     targets = model if targets is None else targets
     groups, roots = read_groups(targets, {})
     other = perturbed_by_another(weight for group in groups for weight in group["targets"])
@@ -43,8 +41,6 @@ def rises_of_packed(
             f"{other.path} is quantised and belongs to a FlatPerturbOptimizer: its noise is put into the same forward. Call "
             "detach() on that optimizer and make it anew afterwards, or measure before it is made"
         )
-    modules = list(dict.fromkeys(module for root in (model, *roots) for module in root.modules()))
-    modes = [module.training for module in modules]
     nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
 
     @torch.no_grad()
@@ -55,14 +51,11 @@ def rises_of_packed(
         with optimizer.perturbed():
             return sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
 
-    try:
-        for module in modules:
-            module.training = False
-        with FlatPerturbOptimizer(
+    with (
+        in_eval_mode(model, *roots),
+        FlatPerturbOptimizer(
             nothing, targets, sigma=0.0, schedule="constant", restore="copy", seed=seed, shared=True
-        ) as optimizer:
-            clean = loss(NONE, 0)
-            return clean, [[loss(sigma, draw) - clean for draw in range(2 * draws)] for sigma in sigmas]
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
+        ) as optimizer,
+    ):
+        clean = loss(NONE, 0)
+        return clean, [[loss(sigma, draw) - clean for draw in range(2 * draws)] for sigma in sigmas]

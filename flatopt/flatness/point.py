@@ -171,9 +171,7 @@ def at_weights(
 
     ``targets``: as for :class:`flatopt.FlatPerturbOptimizer`; by default every adapted layer of ``model``.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches is empty: pass a list of batches, the same for all models that are compared")
+    batches = listed(batches)
     if space not in ("full", "adapter"):
         raise ValueError(f"space must be 'full' or 'adapter', got {space!r}")
     groups, roots = read_groups(model if targets is None else targets, {})
@@ -184,22 +182,35 @@ def at_weights(
             check_lasting(target)
     restore_inside(model, found)
     kinds = {target.parameter.device.type for target in found}
-    modules = list(dict.fromkeys(module for root in (model, *roots) for module in root.modules()))
-    modes = [(module, module.training) for module in modules]
-    with torch.inference_mode(False), _full_precision(kinds) as autocasts:
-        try:
-            for module, _ in modes:
-                module.training = False  # in train(False) loralib's layers would merge, and come back with other bits
-            if space == "adapter":
-                with _kept(_adapter_parameters(found)) as weights:
-                    yield Point(model, loss_fn, batches, weights, [], autocasts, modules)
-            else:
-                with _merged(found), _kept([target.parameter for target in found]) as weights:
-                    _refuse_rescaled(found)
-                    yield Point(model, loss_fn, batches, weights, found, autocasts, modules)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with torch.inference_mode(False), _full_precision(kinds) as autocasts, in_eval_mode(model, *roots) as modules:
+        if space == "adapter":
+            with _kept(_adapter_parameters(found)) as weights:
+                yield Point(model, loss_fn, batches, weights, [], autocasts, modules)
+        else:
+            with _merged(found), _kept([target.parameter for target in found]) as weights:
+                _refuse_rescaled(found)
+                yield Point(model, loss_fn, batches, weights, found, autocasts, modules)
+
+
+def listed(batches: Iterable[Any]) -> "list[Any]":
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: pass a list of batches, the same for all models that are compared")
+    return batches
+
+
+@contextmanager
+def in_eval_mode(*roots: nn.Module) -> "Iterator[list[nn.Module]]":
+    """All modules of ``roots``, which are yielded; afterwards each in the mode that it was in."""
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False  # in train(False) loralib's layers would merge, and come back with other bits
+        yield modules
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
 
 
 @contextmanager

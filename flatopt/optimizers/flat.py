@@ -155,7 +155,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 check_lasting(weight)
                 check(weight, in_forward=True)
                 _check_forward(weight, group)
-        if draws != "step" and any(isinstance(each, SAM) for each in chain_of(optimizer)):
+        if any(isinstance(each, SAM) for each in chain_of(optimizer)):
             refuse_draws_under_sam(draws)
         if draws != "step" and any(weight.adapter is RAW for weight in weights):
             raise ValueError(

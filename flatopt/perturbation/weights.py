@@ -428,10 +428,10 @@ def restore_inside(module: nn.Module, targets: "Sequence[AdaptedWeight]" = ()) -
     Raises:
         RuntimeError: amid a ``with optimizer.perturbed()``, which would put its noise on again at the next forward.
     """
-    for weights in list(_attached):
-        if weights.state == CLEAN and not weights.held:
-            continue
-        if weights.lie_inside(module) or overlap(extents(targets), weights.memory()) is not None:
+    moved = [weights for weights in list(_attached) if weights.state != CLEAN or weights.held]
+    mine = extents(targets) if moved else []
+    for weights in moved:
+        if weights.lie_inside(module) or overlap(mine, weights.memory()) is not None:
             if weights.held:
                 raise RuntimeError(
                     f"{weights.weights()[0].path} is held at W + ε by `with optimizer.perturbed()`, and its clean value is "

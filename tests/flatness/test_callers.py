@@ -6,7 +6,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import Mlp, batch, lora_mlp, trainable
+from helpers import batch, lora_mlp, trainable, twin_on_the_same_base
 from test_flatness import Custom, assert_as_it_was, everything, loss_fn, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
@@ -353,11 +353,9 @@ class Around(nn.Module):
 
 def on_the_same_base(model):
     """Another adapter, on the same tensors."""
-    base = Mlp()
-    for name in ("first", "second", "head"):
-        layer = getattr(model.get_base_model(), name).base_layer
-        getattr(base, name).weight, getattr(base, name).bias = layer.weight, layer.bias
-    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["first", "second", "head"]))
+    return peft.get_peft_model(
+        twin_on_the_same_base(model), peft.LoraConfig(r=4, target_modules=["first", "second", "head"])
+    )
 
 
 WITH_TARGETS = {

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 pytest.importorskip("peft")
-from helpers import Mlp, batch, bits, changed, frozen, lora_mlp, trainable
+from helpers import batch, bits, changed, frozen, lora_mlp, trainable, twin_on_the_same_base
 
 from flatopt import FlatPerturbOptimizer
 
@@ -18,14 +18,6 @@ from flatopt import FlatPerturbOptimizer
 def wrap(model, targets=None, **settings):
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     return FlatPerturbOptimizer(optimizer, model if targets is None else targets, sigma=0.3, schedule="constant", **settings)
-
-
-def teacher_of(model):
-    teacher, base = Mlp(), model.get_base_model()
-    for name in ("first", "second", "head"):
-        layer = getattr(base, name).base_layer
-        getattr(teacher, name).weight, getattr(teacher, name).bias = layer.weight, layer.bias
-    return teacher
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ TEACHERS = {
 @pytest.mark.parametrize("student", ["eager", "compiled"])
 def test_a_teacher_beside_torch_compile(model, count, kind, student):
     x, y = batch()
-    teacher = TEACHERS[kind](teacher_of(model), count)
+    teacher = TEACHERS[kind](twin_on_the_same_base(model), count)
     with torch.no_grad():
         want = teacher(x).clone()
     before, run = frozen(model), model if student == "eager" else torch.compile(model, backend=count)
@@ -85,10 +77,10 @@ def test_a_teacher_beside_torch_compile(model, count, kind, student):
 def test_a_teacher_made_amid_a_step(model, mode):
     x, y = batch()
     with torch.no_grad():
-        want = teacher_of(model)(x)
+        want = twin_on_the_same_base(model)(x)
     optimizer = wrap(model)
     loss = nn.functional.cross_entropy(model(x), y)
-    teacher = teacher_of(model).train(mode != "eval")
+    teacher = twin_on_the_same_base(model).train(mode != "eval")
     with torch.set_grad_enabled(mode == "eval"):
         assert torch.equal(teacher(x), want)
     loss.backward()
@@ -101,7 +93,7 @@ class WithTeacher(nn.Module):
     def __init__(self, teacher, part):
         super().__init__()
         self.student, self.taught = lora_mlp(), None
-        teacher = teacher_of(self.student)
+        teacher = twin_on_the_same_base(self.student)
         self.teacher = teacher if part else [teacher]
 
     def forward(self, x):
@@ -140,7 +132,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("same_object", [True, False])
 def test_copies_of_a_teacher_made_amid_a_step(model, how, same_object):
-    teacher = teacher_of(model)
+    teacher = twin_on_the_same_base(model)
     if not same_object:
         teacher.first.weight = nn.Parameter(teacher.first.weight.data, requires_grad=False)
     clean = bits(teacher.first.weight).clone()
@@ -152,7 +144,7 @@ def test_copies_of_a_teacher_made_amid_a_step(model, how, same_object):
 
 
 def test_what_is_loaded_into_a_teacher_amid_a_step_is_there_after_it(model):
-    teacher = teacher_of(model)
+    teacher = twin_on_the_same_base(model)
     optimizer = wrap(model)
     model(batch()[0])
     teacher.load_state_dict({name: torch.ones_like(p) for name, p in teacher.state_dict().items()})
@@ -166,7 +158,7 @@ def test_a_decoder_that_shares_weights_and_trains_under_a_checkpoint(model):
     """Its forward runs without gradients inside an autograd.Function, and again in backward: at the same W."""
     from torch.utils.checkpoint import checkpoint
 
-    decoder, x = teacher_of(model), batch()[0].requires_grad_()
+    decoder, x = twin_on_the_same_base(model), batch()[0].requires_grad_()
     gradients = []
     for reentrant in (False, True):
         optimizer = wrap(model)
@@ -179,7 +171,7 @@ def test_a_decoder_that_shares_weights_and_trains_under_a_checkpoint(model):
 
 
 def test_no_hook_stays_behind(model):
-    teacher = teacher_of(model)
+    teacher = twin_on_the_same_base(model)
     parts = [*teacher.modules(), *model.modules()]
     hooks = [len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in parts]
     registering = len(torch_modules._global_parameter_registration_hooks)
@@ -200,7 +192,7 @@ def other_adapter_on(model):
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
-        teacher_of(model), LoraConfig(r=4, target_modules=["first", "second", "head"], init_lora_weights=False)
+        twin_on_the_same_base(model), LoraConfig(r=4, target_modules=["first", "second", "head"], init_lora_weights=False)
     )
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 from helpers import batch, bits, changed, frozen, lora_mlp, trainable, twin_on_the_same_base
 
 from flatopt import FlatPerturbOptimizer
+from flatopt.perturbation.hooks import ProcessWide
 
 
 def wrap(model, targets=None, **settings):
@@ -174,6 +175,8 @@ def test_no_hook_stays_behind(model):
     teacher = twin_on_the_same_base(model)
     parts = [*teacher.modules(), *model.modules()]
     hooks = [len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in parts]
+    gc.collect()
+    ProcessWide.take_off_ended()  # of other tests' optimizers
     registering = len(torch_modules._global_parameter_registration_hooks)
     optimizer = wrap(model)
     model(batch()[0])
@@ -182,7 +185,7 @@ def test_no_hook_stays_behind(model):
     optimizer.detach()
     gc.collect()
     assert hooks == [len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in parts]
-    assert len(torch_modules._global_parameter_registration_hooks) <= registering  # older ones of other tests go, too
+    assert len(torch_modules._global_parameter_registration_hooks) == registering
 
 
 # --- another adapter on the same base, trained by an optimizer of its own ------------------------------------------------

@@ -1,13 +1,12 @@
 """Tensors computed once for a process: they must not depend on what was under way when they were first needed."""
 
 import functools
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 Made = TypeVar("Made")
 
@@ -38,18 +37,27 @@ def _autocast_kinds() -> "list[str]":
 _AUTOCAST_KINDS = _autocast_kinds()
 
 
+# modes without real weights, or that keep a forward's operations: to hand their results out again, or to write them down
+_RECORDERS = {
+    *("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"),
+    *("torch._subclasses.functional_tensor", "torch._subclasses.fake_tensor"),
+}
+
+
 class writing:  # a class, as a generator's context manager takes twice as long, twice a step
-    """What is done inside is done to the real weights: no fake tensors, no graph, version counters that move, and products
-    in the types of their factors: ε may not depend on whose autocast region a forward runs in."""
+    """What is done inside is done to the real weights: no fake tensors, no graph, version counters that move, nothing that
+    a selective checkpoint, make_fx or torch.export keeps, and products in the types of their factors: ε may not depend on
+    whose autocast region a forward runs in."""
 
     def __enter__(self) -> None:
-        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         self._stack: ExitStack | None = None
         self._gradients = torch.is_grad_enabled()
-        if fake is not None or torch.is_inference_mode_enabled():
+        modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+        recorded = any(type(mode).__module__ in _RECORDERS for mode in modes)
+        if recorded or torch.is_inference_mode_enabled():
             self._stack = ExitStack()
-            if fake is not None:
-                self._stack.enter_context(sys.modules["torch._subclasses.fake_tensor"].unset_fake_temporarily())
+            if recorded:
+                self._stack.enter_context(_disable_current_modes())
             # in inference mode a write would not move the version counter; leaving that mode turns gradients on
             self._stack.enter_context(torch.inference_mode(False))
         torch._C._set_grad_enabled(False)  # no_grad by its one effect: that object takes as long as a launch

@@ -7,7 +7,6 @@ import threading
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_handler
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -26,7 +25,7 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
         self._handlers: dict[int, Callable[..., Any]] = {}
         self._waiting: list[tuple[int, FrameType | None]] = []
         self._waits = True
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return
         self._handlers = {number: handler for number in _WAIT if callable(handler := getsignal(number))}
         try:
@@ -44,14 +43,16 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
 
     def __exit__(self, *exception: object) -> None:
         self._waits = False
-        put_back = [partial(set_handler, number, handler) for number, handler in self._handlers.items()]
-        _run([*put_back, *(partial(self._receive, number, frame) for number, frame in self._waiting)])
-
-
-def _run(calls: list[Callable[[], Any]]) -> None:
-    """Each of them, whichever raises."""
-    if calls:
         try:
-            calls[0]()
+            _each(set_handler, list(self._handlers.items()))
         finally:
-            _run(calls[1:])
+            _each(self._receive, self._waiting)
+
+
+def _each(call: Callable[..., Any], items: list[Any]) -> None:
+    """``call`` with every one of ``items``, whichever raises."""
+    if items:
+        try:
+            call(*items[0])
+        finally:
+            _each(call, items[1:])

@@ -4,13 +4,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..adapters.quantized import format_of
 from ..core.sharding import (
@@ -36,20 +35,6 @@ RESTORES = (*IN_PLACE, "forward")
 CLEAN, PERTURBED, SUSPENDED = "clean", "perturbed", "suspended"
 
 _attached: "weakref.WeakSet[PerturbedWeights]" = weakref.WeakSet()
-
-
-# modes that keep a forward's operations, to hand their results out again (a selective checkpoint) or to write them down
-RECORDERS = {
-    *("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor"),
-    *("torch._subclasses.functional_tensor", "torch._subclasses.fake_tensor"),
-}
-
-
-def _unseen_by_recorders() -> AbstractContextManager[Any]:
-    """Ours are not among the operations that a selective checkpoint, make_fx or torch.export keep."""
-    at_work = any(type(mode).__module__ in RECORDERS for mode in _get_current_dispatch_mode_stack())
-    context: AbstractContextManager[Any] = _disable_current_modes() if at_work else nullcontext()
-    return context
 
 
 class PerturbedWeights:
@@ -95,7 +80,8 @@ class PerturbedWeights:
         if self.state == SUSPENDED:
             self.resume()
             return
-        with self._moving():
+        _optimizer = self._about_to_move()
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             self._refuse(self._written(wait=False))  # a GPU tells of the last step now
             self._plans, self.request = self._look(request), request
@@ -125,7 +111,8 @@ class PerturbedWeights:
         """
         if self.state == CLEAN:
             return
-        with self._moving():
+        _optimizer = self._about_to_move()
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced, written = self._replaced(), []
             if self.state == SUSPENDED and not untouched and not replaced and all(look.exact for look in self._looks):
@@ -149,7 +136,8 @@ class PerturbedWeights:
             self.restore()
         if self.state != PERTURBED:
             return
-        with self._moving():
+        _optimizer = self._about_to_move()
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced = self._replaced()
             exact = [(v, v.tensor) for look in self._looks if look.exact for v in look.views if v.tensor is not None]
@@ -168,7 +156,8 @@ class PerturbedWeights:
         request = self.request
         if self.state != SUSPENDED or request is None:
             return
-        with self._moving():
+        _optimizer = self._about_to_move()
+        with self._lock, uninterrupted(), writing():
             self.reshard()
             replaced = self._replaced()
             if replaced or any(look.moved() for look in self._looks):
@@ -196,9 +185,8 @@ class PerturbedWeights:
             self._kept_versions, self._swapped = [], []
             self._note_versions()
 
-    @contextmanager
-    def _moving(self) -> Iterator[None]:
-        optimizer = self.optimizer()  # the collector would have its weights restored, at any allocation
+    def _about_to_move(self) -> Any:
+        """The optimizer, to be held while weights move: the collector would have them restored, at any allocation."""
         if os.getpid() != self._process:
             self._refuse_shared_with_processes()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -206,9 +194,7 @@ class PerturbedWeights:
                 "the base weights would have to move while a CUDA graph is captured: each replay would repeat this step's "
                 "noise. Call optimizer.perturb() before the capture and before each replay, and optimizer.step() after it"
             )
-        with self._lock, uninterrupted(), _unseen_by_recorders(), writing():
-            yield
-        del optimizer
+        return self.optimizer()
 
     def _bits_back(self) -> "list[WeightView]":
         """Every piece clean. Returns the weights that somebody wrote to."""
@@ -359,7 +345,8 @@ class PerturbedWeights:
             try:
                 self.restore()
             finally:
-                with self._moving():
+                _optimizer = self._about_to_move()
+                with self._lock, uninterrupted(), writing():
                     self._refuse(self._written(wait=True))
         finally:
             _attached.discard(self)

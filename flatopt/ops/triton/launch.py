@@ -250,9 +250,13 @@ class Kernel:
             self._compiled, self._stream = compiled[self._grid], _current_stream(arguments[0])
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # by its number, as torch would look long for that of a torch.device
-    return torch.cuda.device(device.index) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _HERE
+    return torch.cuda.device(device.index)
 
 
 def _current_stream(of: Any) -> Callable[[], int] | None:

@@ -70,8 +70,8 @@ class Flags:
         """The numbers of the weights marked, which are then no longer; none as long as what sets them is under way."""
         if not self._under_way:
             return []
-        if self._sent is not None:
-            if not wait and not self._sent.query():
+        if self._sent is not None and not self._sent.query():
+            if not wait:
                 return []
             self._sent.synchronize()
         self._under_way = False

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,26 @@ from .constants import constant
 Rounding = Callable[[Tensor], Tensor]
 
 FORMAT = re.compile(r"(?:(u?int)([2-8])|(nf4))(?:/0*([1-9]\d*))?")  # how :func:`rounding` reads a name
+
+
+class Format(NamedTuple):
+    """What a name says; ``group``: weights of a row that share a scale, None for all of them."""
+
+    kind: str  # "int", "uint" or "nf4"
+    bits: int
+    group: "int | None"
+
+
+def format_named(name: str) -> Format:
+    """ValueError where it is none."""
+    match = FORMAT.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"format {name!r} is none of 'int2' to 'int8', 'uint2' to 'uint8' and 'nf4', with '/g' for groups of g inputs, "
+            "as in 'int4/64'; for others give a dict from names to functions"
+        )
+    return Format(match[1] or match[3], int(match[2] or 4), int(match[4]) if match[4] else None)
+
 
 # NormalFloat's sixteen levels (Dettmers et al., NeurIPS 2023), as bitsandbytes has them
 NF4 = (
@@ -28,20 +49,25 @@ def to_rounded(view: WeightView, clean: Tensor, form: str) -> Tensor:
     A row with inf or NaN stays where it is.
 
     Raises:
-        ValueError: for an adapter that rescales W (DoRA), whose merged weight is not W and something added.
+        ValueError: as :func:`refuse_rescaled`.
     """
+    refuse_rescaled(view, form)
     update, merged = view.update, clean.to(torch.float32, copy=True)
-    if update.row_norm is not None or update.alpha is not None:
-        raise ValueError(
-            f"noise={form!r} cannot round {view.weight.path}: its adapter rescales W + sBA (DoRA), so that the sum is not "
-            "what is served. Train LoRA without use_dora, or with noise='filter'"
-        )
     for B, A, scaling in update.factors:
         merged += scaling * (B.detach().float() @ A.detach().float())
     if update.dense is not None:
         merged += update.dense.detach()
     offset = rounding(form)(merged).sub_(merged)
     return torch.where(merged.isfinite().all(1, keepdim=True), offset, 0.0)
+
+
+def refuse_rescaled(view: WeightView, form: str) -> None:
+    """ValueError for an adapter that rescales W (DoRA), whose merged weight is not W and something added."""
+    if view.update.row_norm is not None or view.update.alpha is not None:
+        raise ValueError(
+            f"noise={form!r} cannot round {view.weight.path}: its adapter rescales W + sBA (DoRA), so that the sum is not "
+            "what is served. Train LoRA without use_dora, or with noise='filter'"
+        )
 
 
 def rounding(name: str) -> Rounding:
@@ -62,17 +88,10 @@ def rounding(name: str) -> Rounding:
     Raises:
         ValueError: for another name.
     """
-    match = FORMAT.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"format {name!r} is none of 'int2' to 'int8', 'uint2' to 'uint8' and 'nf4', with '/g' for groups of g inputs, "
-            "as in 'int4/64'; for others give a dict from names to functions"
-        )
-    group = int(match[4]) if match[4] else None
-    if match[3]:
+    kind, bits, group = format_named(name)
+    if kind == "nf4":
         return lambda w: _by_group(w, group, _nf4)
-    bits = int(match[2])
-    inner = _asymmetric if match[1] == "uint" else _symmetric
+    inner = _asymmetric if kind == "uint" else _symmetric
     return lambda w: _by_group(w, group, lambda groups: inner(groups, bits))
 
 
@@ -98,12 +117,12 @@ def _asymmetric(w: Tensor, bits: int) -> Tensor:
 
 
 @constant
-def _nf4_levels(device: torch.device, dtype: torch.dtype) -> Tensor:
+def nf4_levels(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(NF4, dtype=dtype, device="cpu").to(device)
 
 
 def _nf4(w: Tensor) -> Tensor:
-    levels = _nf4_levels(w.device, w.dtype)
+    levels = nf4_levels(w.device, w.dtype)
     scale = w.abs().amax(-1, keepdim=True)
     between = (levels[1:] + levels[:-1]) / 2
     nearest = levels[torch.bucketize((w / scale).nan_to_num_(0.0).contiguous(), between)]

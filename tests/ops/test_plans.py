@@ -19,6 +19,7 @@ from flatopt.core.weight import WeightUpdate
 from flatopt.ops import backend, reference
 from flatopt.ops.noise import weight_key
 from flatopt.ops.reversible import grid
+from flatopt.ops.rounding import rounding
 from flatopt.ops.torch_backend import TorchBackend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -425,6 +426,143 @@ def test_what_needs_clean_weights_says_so(device):
         with pytest.raises(RuntimeError, match=r"layer1.weight and others are perturbed: call restore\(\)"):
             act()
     plans.restore()
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+FORMATS = ["int4", "int3/32", "uint4/16", "uint2", "nf4/64", "nf4", "int8/4096"]
+
+
+def expected_rounded(view, before, form, sigma):
+    """In float64 from the merged weight: each row at once, so that nothing but the format's own arithmetic is left."""
+    merged = before.cpu().float()
+    for B, A, s in view.update.factors:
+        merged = merged + s * (B.cpu().float() @ A.cpu().float())
+    if view.update.dense is not None:
+        merged = merged + view.update.dense.cpu()
+    offset = rounding(form)(merged).double() - merged.double()
+    offset[~merged.isfinite().all(1)] = 0
+    return before.cpu().double() + sigma * offset
+
+
+def assert_rounded(views, clean, form, sigma):
+    for view, before in zip(views, clean):
+        want, got = expected_rounded(view, before, form, sigma), view.rows.cpu().double()
+        assert torch.equal(want.isfinite(), got.isfinite())
+        ulp = torch.finfo(before.dtype).eps * (2 if INTERPRETED else 1)  # the interpreter cuts bfloat16's bits off
+        close = (got - want).abs().nan_to_num(0) <= ulp * want.abs().nan_to_num(0) + 1e-6
+        assert (~close).double().mean() <= 0.004, (form, view.index)  # in the middle of two levels but for rounding
+        if view.index == 1:
+            assert (got != before.cpu().double()).double().mean() > 0.4
+
+
+def with_strange_rows(views):
+    rows = views[0].rows
+    rows[2], rows[3, 5], rows[4, 1] = 0, float("inf"), float("nan")
+    return views
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_is_the_roundings(device, form, dtype):
+    if INTERPRETED and dtype != torch.float32 and form != "int3/32":
+        pytest.skip("on a GPU; the interpreter is slow")
+    views, sigma = with_strange_rows(views_of_all_layouts(dtype, device)), 0.7
+    plans, clean = Plans(views, form, "copy"), [view.rows.clone() for view in views]
+    assert len(plans.plans) == 1
+    plans.fill_std(sigma)
+    plans.perturb(KEY)
+    assert_rounded(views, clean, form, sigma)
+    plans.perturb(KEY)  # at what it is, and anew after a reader
+    plans.restore()
+    plans.perturb(KEY)
+    assert_rounded(views, clean, form, sigma)
+    plans.restore()
+    assert not plans.written()
+    assert all(torch.equal(bits(view.rows), bits(before)) for view, before in zip(views, clean))
+    plans.release()
+
+
+def test_updates_of_every_kind_are_rounded(device):
+    shape, form = (24, 96), "int4/32"
+    two = WeightUpdate((*factors(*shape).factors, *factors(*shape, seed=7).factors))
+    dense = WeightUpdate(dense=gaussian(*shape, seed=9, device=device))
+    of_two = WeightUpdate(tuple((B.to(device), A.to(device), s) for B, A, s in two.factors))
+    updates = [WeightUpdate(), factors(*shape, device=device), of_two, factors(*shape, r=70, device=device), dense]
+    views = [weight_view(gaussian(*shape, seed=i, device=device), u, i) for i, u in enumerate(updates, 1)]
+    plans, clean = Plans(views, form, "copy"), clones(views)
+    plans.fill_std(1.0)
+    plans.perturb(KEY)
+    assert_rounded(views, clean, form, 1.0)
+    views[1].update, views[2].update = views[3].update, views[0].update  # the adapter, between a closure's evaluations
+    plans.restore()
+    plans.perturb(KEY)
+    assert_rounded(views, clean, form, 1.0)
+    plans.restore()
+    assert not plans.written()
+    assert all(torch.equal(view.tensor, before) for view, before in zip(views, clean))
+    plans.release()
+    norms = torch.ones(24, device=device)
+    for index, update in enumerate((WeightUpdate(row_norm=norms), WeightUpdate(alpha=norms)), 1):
+        rescaled = Plans([weight_view(gaussian(*shape, device=device), update, index)], form, "copy")
+        with pytest.raises(ValueError, match=rf"cannot round layer{index}.weight: its adapter rescales"):
+            rescaled.fill_std(1.0)
+            rescaled.perturb(KEY)
+
+
+def test_a_write_to_a_rounded_weight_is_told_and_its_clean_value_back(device):
+    views = [weight_view(gaussian(16, 64, seed=i, device=device), index=i) for i in (1, 2)]
+    plans, clean = Plans(views, "int4/32", "copy"), clones(views)
+    plans.fill_std(1.0)
+    plans.perturb(KEY)
+    views[1].tensor[3, 7] += 1
+    plans.restore()
+    assert [view.index for view in plans.written()] == [2]
+    assert all(torch.equal(view.tensor, before) for view, before in zip(views, clean))
+    plans.perturb(KEY)
+    plans.restore()
+    assert not plans.written()
+
+
+@pytest.mark.parametrize("during", ["perturb", "restore"])
+def test_an_exception_amid_a_format_loses_nothing(device, during):
+    number, raised = 0, True
+    while raised:
+        number += 4 if INTERPRETED else 1  # whose own operations are among them
+        views = [weight_view(gaussian(16, 64, seed=i, device=device), factors(16, 64, device=device), i) for i in (1, 2)]
+        views[1].update = WeightUpdate(dense=gaussian(16, 64, seed=9, device=device))  # not the kernels' own
+        plans, clean = Plans(views, "int4/32", "copy"), clones(views)
+        plans.fill_std(1.0)
+        if during == "restore":
+            plans.perturb(KEY)
+        try:
+            with RaiseAt(number, number % 8 < 4):
+                plans.perturb(KEY) if during == "perturb" else plans.restore()
+            raised = False
+        except Raised:
+            pass
+        if number % 3 == 0:  # else go back from where it broke off
+            plans.perturb(KEY)
+            assert_rounded(views, clean, "int4/32", 1.0)
+        plans.restore()
+        assert not plans.written()
+        assert all(torch.equal(view.tensor, before) for view, before in zip(views, clean)), number
+        plans.release()
+    assert number > 2
+
+
+@pytest.mark.skipif(not (INTERPRETED or CUDA), reason="needs the kernels")
+def test_groups_that_the_kernels_do_not_take_go_to_torch():
+    device = "cpu" if INTERPRETED else "cuda"
+    view = weight_view(gaussian(4, 64, device=device), factors(4, 64, device=device))
+    for form, name in (
+        ("int4/3", "TorchPlan"),
+        ("int4/4", "TritonPlan"),
+        ("int4/64", "TritonPlan"),
+        ("int4/99", "TritonPlan"),
+    ):
+        (plan,) = ops.plan([view], form, "copy")
+        assert type(plan).__name__ == name, form
 
 
 # --- backends ----------------------------------------------------------------------------------------------------------

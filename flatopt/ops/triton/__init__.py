@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...core.arguments import NOISES
+from ...core.sharding import is_sharded
 from ...core.weight import WeightView
 from ..norms import rows_of
+from ..rounding import format_named
 
 if TYPE_CHECKING:
     from ..backend import Plan
 
+GROUPS = [1 << bits for bits in range(11)]  # of a row's weights that share a scale: larger ones do not fit registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,8 +34,10 @@ class TritonBackend:
         device, dtype = rows.device, rows.dtype
         if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"{device.type} is no CUDA device"
-        if noise == "element" or noise not in NOISES:
+        if noise == "element":
             return f"noise={noise!r} goes by each element"
+        if noise not in NOISES and (reason := _not_rounded(view, noise)):
+            return reason
         if dtype not in DTYPES:
             return f"{dtype} is not fp32, bf16 or fp16"
         if dtype == torch.bfloat16 and device.type == "cuda" and torch.version.cuda and not _has_bf16(device):
@@ -58,6 +63,17 @@ class TritonBackend:
         from .launch import TritonPlan
 
         return TritonPlan(views, noise, restore, group)
+
+
+def _not_rounded(view: WeightView, noise: str) -> str | None:
+    """Why the kernels do not round a weight to the format ``noise``."""
+    if is_sharded(view.weight.parameter):
+        return f"noise={noise!r} needs whole weights, and it is sharded"
+    group = format_named(noise).group
+    columns = rows_of(view).shape[1]
+    if group is None or group >= columns or group in GROUPS:
+        return None
+    return f"groups of {group} are no power of two up to {GROUPS[-1]}"
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -56,8 +56,8 @@ NAME, FIRST_ROW, MARK = field("name"), field("first_row"), field("mark")
 TOGGLE, ADD, SUBTRACT, READ = (tl.constexpr(how) for how in (0, 1, -1, 2))
 # And what it does with the sums. PERTURB: leave them. RESUME: the same, but a tile that was perturbed already is moved back.
 # RESTORE: compare them, mark weights, and move back what was not as PERTURB left it. Done again, RESUME and RESTORE come to
-# the same.
-PERTURB, RESUME, RESTORE = (tl.constexpr(stage) for stage in range(3))
+# the same. PERTURBED: leave that of what is found as what was written, by another kernel.
+PERTURB, RESUME, RESTORE, PERTURBED = (tl.constexpr(stage) for stage in range(4))
 
 
 # --- the hardware's approximations; APPROX is off in Triton's interpreter and on other vendors' GPUs ------------------
@@ -501,8 +501,8 @@ def move(
         if (bad != 0) & (mark >= 0):
             tl.store(marks + mark, 1)
     elif not repeated:
-        tl.store(clean_at, found, mask=inside)
-        tl.store(perturbed_at, written, mask=inside)
+        tl.store(clean_at, found, mask=inside & (stage != PERTURBED))
+        tl.store(perturbed_at, found if HOW == READ else written, mask=inside)
     if HOW != READ:  # noqa: SIM102
         if repeated | ((stage == RESTORE) & (other != 0)):
             tl.debug_barrier()  # what other threads wrote is read now

@@ -12,19 +12,23 @@ import triton
 from torch import Tensor
 from triton.language import constexpr
 
+from ...core.arguments import NOISES
 from ...core.weight import WeightView
 from ..fingerprint import Flags
 from ..noise import Key, signed
 from ..norms import rows_of, standard_deviations
 from ..reversible import delta_table, grid_bits
-from . import kernels
-from .kernels import ADD, APPROX, PERTURB, READ, RESTORE, RESUME, SPAN, SUBTRACT, TOGGLE
-from .table import DTYPES, Entry, Kind, entry, upload
+from ..rounding import Format, format_named, nf4_levels, refuse_rescaled, to_rounded
+from . import GROUPS, kernels, rounding
+from .kernels import ADD, APPROX, PERTURB, PERTURBED, READ, RESTORE, RESUME, SPAN, SUBTRACT, TOGGLE
+from .table import DTYPES, Entry, Kind, Row, entry, upload
 
 # What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
 ROWS, PAIRS, WARPS = 8, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4
+ROUND_SIZE, ROUND_COLUMNS, ROUND_WARPS = 2048, 512, 4
+ROUNDINGS = {"int": rounding.SYMMETRIC, "uint": rounding.ASYMMETRIC, "nf4": rounding.NORMAL_FLOAT}
 SCRATCH_KEPT = 1 << 23  # bytes
 CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # before, constants were left out of the call
 COUNTS_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
@@ -45,11 +49,12 @@ class TritonPlan:
         self._launches: list[Launch] = []
         self._stds: list[Tensor] = []  # of each weight (rows, 1)
         self._marks = Flags(len(views), self._device, on_host=True)
-        self._journal = Journal()
+        self._journal = ALL_CLEAN
         self._sigma = 0.0
         self._key: Key | None = None  # of the sums that the launches hold
         self._clean: list[Tensor] = []
         self._tensors: list[Tensor] = []  # the weights, amid a step
+        self._format = None if noise in NOISES else format_named(noise)
 
     def fill_std(self, sigma: float) -> None:
         self._demand_clean("fill_std()")
@@ -57,6 +62,8 @@ class TritonPlan:
             self._sigma, self._key, self._clean = sigma, None, []
             self._tensors = [view.tensor for view in self.views if view.tensor is not None]
             self._look()
+            if self._format is not None:
+                return
             given = [number for number, e in enumerate(self._entries) if e.given]
             if given:
                 stds = standard_deviations([self.views[n] for n in given], self._noise, sigma, self._group)
@@ -76,13 +83,15 @@ class TritonPlan:
                     again = False
                 else:
                     self._clean = [rows_of(view).clone() for view in self.views]
+            if self._format is not None:
+                self._look()  # between a closure's evaluations the adapter moves
             self._key = key
             _count_writes(self._tensors)
             while self._journal.perturbed < len(self._launches):
                 self._perturb_next(again or self._journal.in_doubt)
 
     def restore(self) -> None:
-        if self._journal == Journal():
+        if self._journal == ALL_CLEAN:
             return
         with _on(self._device):
             _count_writes(self._tensors)
@@ -106,14 +115,28 @@ class TritonPlan:
         self._clean, self._tensors = [], []
 
     def _demand_clean(self, what: str) -> None:
-        if self._journal != Journal():
+        if self._journal != ALL_CLEAN:
             raise RuntimeError(f"{self.views[0].weight.path} and others are perturbed: call restore() before {what}")
 
     def _perturb_next(self, again: bool) -> None:
         number, how = self._journal.perturbed, TOGGLE if self._restore == "reversible" else ADD
         self._journal = Journal(number, in_doubt=True)
-        self._move(self._launches[number], how, RESUME if again else PERTURB)
+        if self._format is None:
+            self._move(self._launches[number], how, RESUME if again else PERTURB)
+        else:
+            self._round(self._launches[number])
         self._journal = Journal(number + 1)
+
+    def _round(self, launch: "Launch") -> None:
+        self._move(launch, READ, PERTURB)
+        if launch.finds:
+            launch.round(self._sigma)
+        else:
+            for number in launch.numbers:
+                clean = self._clean[number]
+                offset = to_rounded(self.views[number], clean, self._noise)
+                rows_of(self.views[number]).copy_(offset.mul_(self._sigma).add_(clean))
+        self._move(launch, READ, PERTURBED)
 
     def _move(self, launch: "Launch", how: constexpr, stage: constexpr) -> None:
         assert self._key is not None
@@ -121,22 +144,27 @@ class TritonPlan:
 
     def _put_copy_back(self) -> None:
         # what stood clean before is looked at, too; not the one that may have been perturbed or not
-        for launch in self._launches if self._journal == Journal() else self._launches[: self._journal.perturbed]:
+        for launch in self._launches if self._journal == ALL_CLEAN else self._launches[: self._journal.perturbed]:
             launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.set)
         torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
-        self._journal = Journal()
+        self._journal = ALL_CLEAN
 
     def _look(self) -> None:
         """Follow the weights and updates where they changed; the table goes to the device if something in it did."""
         if self._seen.is_of(self.views, self._tensors):
             return
-        find = self._noise == "filter"
-        entries = [entry(view, number, find) for number, view in enumerate(self.views)]
+        if self._format is not None:
+            for view in self.views:
+                refuse_rescaled(view, self._noise)
+        entries = [entry(view, number, self._noise) for number, view in enumerate(self.views)]
         if [e[:3] for e in entries] != [e[:3] for e in self._entries]:
-            by_kind: dict[Kind, list[int]] = {}
+            by_kind: dict[tuple[Kind, bool], list[int]] = {}
             for number, e in enumerate(entries):
-                by_kind.setdefault(e.kind, []).append(number)
-            self._launches = [Launch(self._device, kind, [entries[n] for n in some]) for kind, some in by_kind.items()]
+                by_kind.setdefault((e.kind, e.given and self._format is not None), []).append(number)
+            self._launches = [
+                Launch(self._device, kind, {n: entries[n] for n in some}, self._format)
+                for (kind, _), some in by_kind.items()
+            ]
             stds = {n: std for launch, some in zip(self._launches, by_kind.values()) for n, std in zip(some, launch.stds_of)}
             self._stds = [stds[number] for number in range(len(entries))]
         self._entries, self._seen = entries, Seen.of(self.views, self._tensors)  # the square sums may be new
@@ -147,6 +175,9 @@ class Journal(NamedTuple):
 
     perturbed: int = 0
     in_doubt: bool = False
+
+
+ALL_CLEAN = Journal()
 
 
 class Seen(NamedTuple):
@@ -172,8 +203,8 @@ class Seen(NamedTuple):
 class Launch:
     """Weights alike in dtypes and alignment, and their table on the device."""
 
-    def __init__(self, device: torch.device, kind: Kind, members: list[Entry]):
-        self.kind = kind
+    def __init__(self, device: torch.device, kind: Kind, numbered: dict[int, Entry], form: Format | None):
+        self.kind, self.numbers, members = kind, list(numbered), list(numbered.values())
         # the scratch: AA^T of every member, float32, and behind them the copies of A
         table, heights, offset, self.scratch = [], [], 0, len(members) * kind.rank**2 * 4 // kind.dtype.itemsize
         for member in members:
@@ -193,6 +224,8 @@ class Launch:
         self.whole = kind.packed and all(m % ROWS == 0 and n // 2 % PAIRS == 0 for m, n in shapes)
         # a thread reads 16 bytes at a time: that many words have one total
         self.halvings = 0 if not kind.packed else 1 if kind.dtype == torch.float32 else 2
+        if form is not None:
+            self._of_round = self._rounding(form, shapes, [member.row for member in members])
         self._of_move = self.table, self.tiles, self.stds, delta_table(device), self.sums
         self._compile()
 
@@ -208,6 +241,27 @@ class Launch:
         programs, options = len(self.tiles), {"num_warps": WARPS, "enable_fp_fusion": False}
         hows = (how.value for how in (TOGGLE, ADD, SUBTRACT, READ))
         self._moves = {how: Kernel(kernels.move, programs, (how, *constants), **options) for how in hows}
+
+    def _rounding(
+        self, form: Format, shapes: tuple[tuple[int, int], ...], members: list[Row]
+    ) -> "tuple[Kernel, Tensor, Tensor]":
+        kind, device = self.kind, self.table.device
+        # a group that is no such power has all of a row
+        group = form.group if form.group is not None and form.group in GROUPS else 0
+        columns = max(group, ROUND_COLUMNS)
+        rows = ROUND_SIZE // columns
+        tiles = _tiles(shapes, rows, None, device)
+        # of A: rows contiguous and aligned, as PEFT makes them
+        a_packed = all(m.a_column_stride == 1 and m.a_row_stride % 8 == m.a % 16 == 0 for m in members if m.rank)
+        constants: tuple[Any, ...] = ROUNDINGS[form.kind].value, form.bits, group, kind.packed, a_packed
+        constants += DTYPES[kind.dtype], DTYPES[kind.a_dtype], DTYPES[kind.b_dtype], rows, columns
+        kernel = Kernel(rounding.to_rounded, len(tiles), constants, num_warps=ROUND_WARPS, enable_fp_fusion=False)
+        return kernel, tiles, nf4_levels(device, torch.float32)
+
+    def round(self, sigma: float) -> None:
+        """See ``rounding.to_rounded``."""
+        kernel, tiles, levels = self._of_round
+        kernel(self.table, tiles, levels, float(sigma))
 
     def fill_std(self, sigma: float) -> None:
         """Find the standard deviations that are not given."""

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...core.arguments import NOISES
 from ...core.weight import WeightUpdate, WeightView
 from ..norms import rows_of, square_sums
 
@@ -59,7 +60,7 @@ class Kind(NamedTuple):
 class Entry(NamedTuple):
     """A weight's row, the kind of launch it belongs to, and the tensors it points to, which must be kept.
 
-    ``given``: the kernels cannot find the standard deviations themselves.
+    ``given``: the kernels do not know the update, so what follows from it must be given: standard deviations, or W rounded.
     """
 
     kind: Kind
@@ -78,7 +79,7 @@ class _Factors(NamedTuple):
     norms: Tensor | None = None
 
 
-def _factors(view: WeightView, update: WeightUpdate) -> _Factors | None:
+def _factors(view: WeightView, update: WeightUpdate, with_sums: bool) -> _Factors | None:
     """None if it takes more than the kernels know."""
     rows = rows_of(view)
     if update.row_norm is not None:
@@ -93,8 +94,8 @@ def _factors(view: WeightView, update: WeightUpdate) -> _Factors | None:
             return None
         if not A.device == B.device == rows.device:
             return None
-        return _Factors(_square_sums(view), B, A, scaling)
-    return _Factors(_square_sums(view))
+        return _Factors(_square_sums(view) if with_sums else None, B, A, scaling)
+    return _Factors(_square_sums(view) if with_sums else None)
 
 
 def _square_sums(view: WeightView) -> Tensor:
@@ -103,10 +104,11 @@ def _square_sums(view: WeightView) -> Tensor:
     return view.square_sums
 
 
-def entry(view: WeightView, mark: int, find: bool) -> Entry:
-    """A weight as the table has it; ``find``: the kernels shall find its standard deviations, if they can."""
+def entry(view: WeightView, mark: int, noise: str) -> Entry:
+    """A weight as the table has it; for ``noise`` by rows or a format, the kernels shall find what it needs, if they can."""
     rows = rows_of(view)
-    factors = _factors(view, view.update) if find else None
+    by_update = noise == "filter" or noise not in NOISES
+    factors = _factors(view, view.update, noise == "filter") if by_update else None
     sums, B, A, scaling, norms = factors or _Factors()
     (m, n), (down, right) = rows.shape, rows.stride()
     r = 0 if A is None else A.shape[0]

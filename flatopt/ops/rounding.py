@@ -14,6 +14,8 @@ Rounding = Callable[[Tensor], Tensor]
 
 FORMAT = re.compile(r"(?:(u?int)([2-8])|(nf4))(?:/0*([1-9]\d*))?")  # how :func:`rounding` reads a name
 
+KERNEL_GROUPS = [1 << bits for bits in range(11)]  # that the kernels know; of larger ones a part does not fit registers
+
 
 class Format(NamedTuple):
     """What a name says; ``group``: weights of a row that share a scale, None for all of them."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
@@ -18,7 +17,7 @@ from ..adapters.forwards import refuse_unrounded, unsupported_reason
 from ..adapters.guards import guard
 from ..adapters.quantized import format_of
 from ..adapters.raw import RAW
-from ..adapters.registry import as_plain_data, find_weights, from_plain_data
+from ..adapters.registry import as_plain_data, from_plain_data
 from ..core.arguments import is_whole
 from ..core.warn import warn_user
 from ..core.weight import AdaptedWeight
@@ -35,6 +34,7 @@ from .others import OtherOptimizers, chain_of
 from .sam import SAM
 from .schedule import Schedule, factor
 from .settings import check_draws, check_group, perturbed_one_in, refuse_draws_under_sam
+from .told import Told, why_detached
 from .wrapper import OptimizerWrapper
 
 STEP, SEED = "flatopt_step", "flatopt_seed"
@@ -139,7 +139,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._seed, self._step, self._draw, self._draws = int(seed), 0, 0, draws
         self._one_in = perturbed_one_in(draws)
         self.total_steps, self.shared = total_steps, shared
-        self._told: set[str] = set()
+        self._told = Told()
         self.perturb_groups, self._roots = read_groups(targets, defaults)
         weights = [weight for group in self.perturb_groups for weight in group["targets"]]
         for group in self.perturb_groups:
@@ -167,7 +167,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self._checked: dict[int, tuple[Any, ...]] = {}  # the settings of each group that were found to fit
         self._adopt(self.innermost.param_groups)
         if seed != 0:  # not the default
-            self._warn_of_another_seed(int(seed))
+            self._told.another_seed(self._seed, int(seed))
         self._attach()
 
     # --- attached to an optimizer and a model -----------------------------------------------------------------------
@@ -314,18 +314,19 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             self._weights.restore()
         if not self._doors.looked:
             find_strangers(self._doors)
-            self._warn_of_running_statistics()
+            if any(group["sigma"] for group in self.perturb_groups):
+                self._told.running_statistics(self._roots)
         if self._weights.state != CLEAN:
             self._weights.resume()
             return
         if not self._finalizer.alive:
-            raise RuntimeError(self._why_detached())
+            raise RuntimeError(why_detached(self._weights.taken_over))
         self._adopt(self.optimizer.param_groups)
         if self._doors.adapters_changed:
             self._doors.adapters_changed = False
             self._checked.clear()
             self._adapters = _parameters_of_adapters(self._weights.weights())
-            self._warn_adapted_later()
+            self._told.adapted_later(self._roots, self._weights.weights())
         for number, group in enumerate(self.perturb_groups):
             settings = (group["sigma"], group["schedule"], group["noise"], group["restore"], self._total_steps)
             checked = self._checked.get(number)
@@ -334,13 +335,12 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 if group["noise"] not in NOISES:
                     self._check_rounding(group)
                 self._checked[number] = settings
-        self._warn_past_the_end()
+        total = self._total_steps
+        if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
+            self._told.past_the_end(self._step, total)
         sigmas = tuple(g["sigma"] * factor(g["schedule"], self._step, self._total_steps) for g in self.perturb_groups)
         if self._total_steps == 1 and not any(sigmas) and any(group["sigma"] for group in self.perturb_groups):
-            self._warn_once(
-                "one step",
-                "total_steps=1 and the schedule begins at 0, so the only step has no noise. Use schedule='constant'",
-            )
+            self._told.one_step()
         if self._draw % self._one_in:
             sigmas = (0.0,) * len(sigmas)
         rank = 0 if self.shared else self._weights.data_parallel_rank()
@@ -390,13 +390,13 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         """
         if not self._finalizer.alive:
             if self._weights.taken_over:
-                raise RuntimeError(self._why_detached())
+                raise RuntimeError(why_detached(self._weights.taken_over))
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self._inner_seen = False
         try:
             loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
             if not self._inner_seen and self.optimizer is self.innermost:
-                self._tell_no_hooks()
+                self._told.no_hooks(self.optimizer)
                 self._after_inner_step(self.optimizer)
             return loss
         finally:
@@ -413,7 +413,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self._weights.resume()
             else:
                 self.restore()
-            self._warn_if_unseen(optimizer)
+            lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state
+            another_part = self._parts and _first_parameter(optimizer) not in self._parts  # ZeRO steps group by group
+            if not (self._drawn or lr_0 or another_part):
+                self._told.unseen()
             return None
         if self._micro_batch_is_over():
             self._next_draw()  # Lightning has only the last micro-batch in the closure
@@ -431,7 +434,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 self.restore()
                 raise
             if self._weights.state == SUSPENDED and not self._doors.trained:
-                self._warn_unseen()
+                self._told.unseen()
             if not through_the_graph:
                 self._weights.suspend()  # not restored: the adapter moves between evaluations, the noise must not
             return loss
@@ -445,12 +448,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         if self._drawn:
             before, self._made = self._made, self._draw + 1
             if max(before, self._made) < self._one_in:  # one alone is the last of an epoch
-                self._warn_once(
-                    "too few micro-batches",
-                    f"draws={self._draws!r}, but two steps in succession had fewer micro-batches than that, the last one "
-                    f"{self._made}, and the first of them is always perturbed. Accumulate over {self._one_in} or more "
-                    "(parts of the batch), or give another draws",
-                )
+                self._told.too_few_micro_batches(self._draws, self._made, self._one_in)
         self._begin_draw()
         self._others.note_own_step()
         self._doors.first_pass.read = {}  # what is read with gradients after a step is no second pass
@@ -479,10 +477,10 @@ class FlatPerturbOptimizer(OptimizerWrapper):
     def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # the backward in between was for that step: a discriminator's or critic's, on what the model gave without gradients
         self._doors.first_pass.read = {}
-        if optimizer is not self and self._weights.state != CLEAN and "others" not in self._told:
+        if optimizer is not self and self._weights.state != CLEAN and "another step" not in self._told.subjects:
             warning = self._others.warning_of_step(optimizer, self, self.innermost)
             if warning is not None:
-                self._warn_once("others", warning)
+                self._told.another_step(warning)
 
     def _trained(self) -> "Iterator[torch.Tensor]":
         return (p for group in self.innermost.param_groups for p in group["params"])
@@ -524,7 +522,7 @@ class FlatPerturbOptimizer(OptimizerWrapper):
         self.restore()
         made_with = self._seed
         self._adopt(optimizer.param_groups)
-        self._warn_of_another_seed(made_with)
+        self._told.another_seed(self._seed, made_with)
         self._mirror()
         self._drawn = False
         self._begin_draw()
@@ -554,21 +552,25 @@ class FlatPerturbOptimizer(OptimizerWrapper):
             "_total_steps",
             "shared",
             "_roots",
-            "_told",
             "_drawn",
             "_parts",
             "_seed",
             "_step",
             "_draws",
         )
-        own = {"perturb_groups": groups, "_draw": self._draw + self._micro_batch_is_over()}
+        own = {"perturb_groups": groups, "_told": self._told.subjects, "_draw": self._draw + self._micro_batch_is_over()}
         return {name: self.__dict__[name] for name in names} | own
 
     def __setstate__(self, state: "dict[str, Any]") -> None:
         groups = [{**group, "targets": from_plain_data(group["targets"])} for group in state["perturb_groups"]]
         self._one_in = perturbed_one_in(state["_draws"])
         self._checked = {}
-        super().__setstate__(state | {"perturb_groups": groups})
+        super().__setstate__(state | {"perturb_groups": groups, "_told": Told(state["_told"])})
+
+    def _check_rounding(self, group: "dict[str, Any]") -> None:
+        for weight in group["targets"]:
+            refuse_unrounded(weight, group["noise"])
+        self._told.rounding(group, self._roots, self._one_in)
 
     def __repr__(self) -> str:
         lines = []
@@ -580,128 +582,6 @@ class FlatPerturbOptimizer(OptimizerWrapper):
                 + (f" ({quantised} quantised: forward)" if quantised and group["restore"] != "forward" else "")
             )
         return "\n".join(["FlatPerturbOptimizer (", *lines, f"  {self.optimizer!r}", ")"])
-
-    def _check_rounding(self, group: "dict[str, Any]") -> None:
-        for weight in group["targets"]:
-            refuse_unrounded(weight, group["noise"])
-        mine = {id(weight.parameter): weight for weight in group["targets"]}
-        tied: dict[str, str] = {}
-        for root in self._roots:
-            for module in root.modules():
-                for parameter in module._parameters.values():
-                    weight = mine.get(id(parameter))
-                    if weight is not None and module is not weight.owner:
-                        tied[weight.path] = f"{weight.path} is tied to a weight of {type(module).__name__}"
-        if tied:
-            more = f" ({len(tied) - 3} more)" if len(tied) > 3 else ""
-            self._warn_once(
-                f"tied: {sorted(tied)}",
-                f"{'; '.join(list(tied.values())[:3])}{more}, which reads it too: it is rounded with the first one's "
-                "adapter alone. Leave it out, or use noise='filter'",
-            )
-        if group["sigma"] > 0 and (group["sigma"] < 0.5 or group["schedule"] in ("cosine", "linear")):
-            self._warn_once(
-                "a short way",
-                f"sigma={group['sigma']:g} with schedule={group['schedule']!r} goes a part of the way to the weights "
-                f"rounded to {group['noise']}: pass sigma=1, schedule='constant' to train at the rounded ones",
-            )
-        if self._one_in == 1:
-            self._warn_once(
-                "rounded alone",
-                f"noise={group['noise']!r} in every forward fits the model to the rounded weights alone: it lost 11 to 36 "
-                "points at full precision where we measured it. Accumulate over four micro-batches and pass "
-                "draws='mixed/4', which leaves three of them at clean weights, or over two and pass draws='mixed'",
-            )
-
-    # --- what is said once ------------------------------------------------------------------------------------------
-
-    def _warn_once(self, subject: str, text: str) -> None:
-        if subject not in self._told:
-            self._told.add(subject)
-            warn_user(text)
-
-    def _warn_of_another_seed(self, made_with: int) -> None:
-        if self._seed != made_with:
-            self._warn_once(
-                "seed",
-                f"the state that was loaded or wrapped goes on with its seed, {self._seed}; this optimizer was made with "
-                f"seed={made_with}. To draw other noise from here on, set optimizer.seed",
-            )
-
-    def _warn_if_unseen(self, optimizer: Optimizer) -> None:
-        lr_0 = all(group.get("lr") == 0 for group in optimizer.param_groups)  # DCP makes such a step to fill the state
-        another_part = self._parts and _first_parameter(optimizer) not in self._parts  # ZeRO steps group by group
-        if self._drawn or lr_0 or another_part:
-            return
-        self._warn_unseen()
-
-    def _warn_unseen(self) -> None:
-        self._warn_once(
-            "unseen",
-            "FlatPerturbOptimizer.step() saw no training forward since the last step, so this step was taken at the "
-            "unperturbed weights. Reasons: the model was in eval mode; another copy of the model, or a submodule without "
-            "adapted weights, was called instead of the module given as targets; targets were raw parameters, which have no "
-            "forward to listen to (call perturb() before "
-            "the forward, or step(closure)); or step() was called twice.",
-        )
-
-    def _warn_adapted_later(self) -> None:
-        mine = {(weight.owner, weight.name) for weight in self._weights.weights()}
-        try:
-            later = [weight.path for weight in find_weights(self._roots) if (weight.owner, weight.name) not in mine]
-        except ValueError as error:  # a layer that cannot be perturbed
-            later = [str(error)]
-        if later:
-            self._warn_once(
-                f"adapted later: {later}",
-                f"adapted since FlatPerturbOptimizer was made, so without noise: {', '.join(later)}. Call detach() and make "
-                "a new one around optimizer.optimizer, which gives them noise; step and seed go on",
-            )
-
-    def _warn_of_running_statistics(self) -> None:
-        found = {
-            id(module): f"{name} ({type(module).__name__})"
-            for root in self._roots
-            for name, module in root.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
-        }
-        if found and any(group["sigma"] for group in self.perturb_groups):
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            self._warn_once(
-                "running statistics",
-                f"{next(iter(found.values()))}{more} is in train mode: its running statistics are gathered at W + ε and "
-                "then used with W. Put such layers into eval mode after model.train(), or gather them anew after training: "
-                "torch.optim.swa_utils.update_bn(loader, model)",
-            )
-
-    def _warn_past_the_end(self) -> None:
-        total = self._total_steps
-        if total is not None and self._step >= total and any(g["schedule"] != "constant" for g in self.perturb_groups):
-            self._warn_once(
-                "past the end",
-                f"step {self._step} is past total_steps={total}: sigma stays where the schedule ended. If training is over, "
-                "call the model in eval mode or without gradients; else set optimizer.total_steps to the number of "
-                "optimizer steps of the whole training; for a second run, make a new optimizer or set "
-                "optimizer.step_count = 0",
-            )
-
-    def _why_detached(self) -> str:
-        if not self._weights.taken_over:
-            return "this FlatPerturbOptimizer is detached: detach() was called. Make a new one around optimizer.optimizer"
-        return (
-            "this FlatPerturbOptimizer is detached, since a newer FlatPerturbOptimizer perturbs "
-            f"{self._weights.taken_over} too and took over: one weight can have one at a time. Step the newer one, or make "
-            "a new one around optimizer.optimizer; for several adapters on one base, give one optimizer all their parameters"
-        )
-
-    def _tell_no_hooks(self) -> None:
-        self._warn_once(
-            "no hooks",
-            f"{type(self.optimizer).__name__} steps without running torch's step hooks, so flatopt sees only steps made "
-            "through this FlatPerturbOptimizer: a step of the bare optimizer, or of a scheduler or framework that holds it, "
-            "leaves W "
-            "perturbed. Step the FlatPerturbOptimizer",
-        )
 
 
 def _weakly(

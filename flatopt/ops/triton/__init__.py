@@ -11,12 +11,11 @@ from ...core.arguments import NOISES
 from ...core.sharding import is_sharded
 from ...core.weight import WeightView
 from ..norms import rows_of
-from ..rounding import format_named
+from ..rounding import KERNEL_GROUPS, format_named
 
 if TYPE_CHECKING:
     from ..backend import Plan
 
-GROUPS = [1 << bits for bits in range(11)]  # of a row's weights that share a scale: larger ones do not fit registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -71,9 +70,9 @@ def _not_rounded(view: WeightView, noise: str) -> str | None:
         return f"noise={noise!r} needs whole weights, and it is sharded"
     group = format_named(noise).group
     columns = rows_of(view).shape[1]
-    if group is None or group >= columns or group in GROUPS:
+    if group is None or group >= columns or group in KERNEL_GROUPS:
         return None
-    return f"groups of {group} are no power of two up to {GROUPS[-1]}"
+    return f"groups of {group} are no power of two up to {KERNEL_GROUPS[-1]}"
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -18,8 +18,8 @@ from ..fingerprint import Flags
 from ..noise import Key, signed
 from ..norms import rows_of, standard_deviations
 from ..reversible import delta_table, grid_bits
-from ..rounding import Format, format_named, nf4_levels, refuse_rescaled, to_rounded
-from . import GROUPS, kernels, rounding
+from ..rounding import KERNEL_GROUPS, Format, format_named, nf4_levels, refuse_rescaled, to_rounded
+from . import kernels, rounding
 from .kernels import ADD, APPROX, PERTURB, PERTURBED, READ, RESTORE, RESUME, SPAN, SUBTRACT, TOGGLE
 from .table import DTYPES, Entry, Kind, Row, entry, upload
 
@@ -247,7 +247,7 @@ class Launch:
     ) -> "tuple[Kernel, Tensor, Tensor]":
         kind, device = self.kind, self.table.device
         # a group that is no such power has all of a row
-        group = form.group if form.group is not None and form.group in GROUPS else 0
+        group = form.group if form.group is not None and form.group in KERNEL_GROUPS else 0
         columns = max(group, ROUND_COLUMNS)
         rows = ROUND_SIZE // columns
         tiles = _tiles(shapes, rows, None, device)

@@ -76,8 +76,8 @@ BACKENDS: list[Backend] = [TritonBackend(), TorchBackend()]
 def plan(views: list[WeightView], noise: str, restore: str) -> list[Plan]:
     """Plans for the weights of one group, each by the first backend that takes it.
 
-    ``noise``: ``"filter"``, ``"layer"``, ``"isotropic"`` or ``"element"``. ``restore``: ``"reversible"``, ``"copy"`` or
-    ``"subtract"``. ValueError, with each backend's reason, for a weight that none takes.
+    ``noise``: ``"filter"``, ``"layer"``, ``"isotropic"``, ``"element"`` or a format, as ``"int4/32"``. ``restore``:
+    ``"reversible"``, ``"copy"`` or ``"subtract"``. ValueError, with each backend's reason, for a weight that none takes.
     """
     shares: dict[tuple[int, torch.device], list[WeightView]] = {}
     for view in views:

@@ -7,6 +7,7 @@ import threading
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_handler
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,6 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
     def __enter__(self) -> None:
         self._handlers: dict[int, Callable[..., Any]] = {}
         self._waiting: list[tuple[int, FrameType | None]] = []
-        self._waits = True
         if threading.get_ident() != threading.main_thread().ident:
             return
         self._handlers = {number: handler for number in _WAIT if callable(handler := getsignal(number))}
@@ -36,23 +36,31 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
             raise
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._waits:
-            self._waiting.append((number, frame))
-        else:  # not taken off yet
-            self._handlers[number](number, frame)
+        self._waiting.append((number, frame))
 
     def __exit__(self, *exception: object) -> None:
-        self._waits = False
+        away = list(self._handlers.items())
+        raised: BaseException | None = None
         try:
-            _each(set_handler, list(self._handlers.items()))
+            while away:
+                try:
+                    while away:
+                        number, handler = away[-1]
+                        if getsignal(number) is not handler:
+                            set_handler(number, handler)
+                        away.pop()
+                except BaseException as error:  # by a signal whose handler is back already
+                    raised = error
+            if raised is not None:
+                raise raised
         finally:
-            _each(self._receive, self._waiting)
+            _each([partial(self._handlers[number], number, frame) for number, frame in self._waiting])
 
 
-def _each(call: Callable[..., Any], items: list[Any]) -> None:
-    """``call`` with every one of ``items``, whichever raises."""
-    if items:
+def _each(calls: list[Callable[[], Any]]) -> None:
+    """Each of them, whichever raises."""
+    if calls:
         try:
-            call(*items[0])
+            calls[0]()
         finally:
-            _each(call, items[1:])
+            _each(calls[1:])

@@ -316,15 +316,25 @@ def test_perturbed_bits_put_back_by_somebody_are_perturbed(device, mode):
     assert all(torch.equal(view.tensor, before) for view, before in zip(views, clean))
 
 
-def test_a_weight_written_to_while_it_stood_clean_is_perturbed_as_it_now_is(device):
-    views, _, plans = perturbed_pair(device)
-    plans.restore()
-    new = gaussian(24, 64, seed=11, device=device)
-    views[0].tensor.copy_(new)
+@pytest.mark.parametrize("noise, mode", [("filter", "reversible"), ("filter", "copy"), ("int4/32", "copy")])
+def test_a_weight_written_to_while_it_stood_clean_is_perturbed_as_it_now_is(device, noise, mode):
+    """A checkpoint loaded amid a step."""
+    updates = [factors(24, 64, device=device), factors(24, 64, device=device), WeightUpdate()]
+    views = [weight_view(gaussian(24, 64, seed=i, device=device), u, i) for i, u in enumerate(updates, 1)]
+    plans = Plans(views, noise, mode)
+    plans.fill_std(0.5)
     plans.perturb(KEY)
-    assert not torch.equal(views[0].tensor, new)
     plans.restore()
-    assert torch.equal(views[0].tensor, new)
+    views[0].tensor.copy_(gaussian(24, 64, seed=11, device=device))
+    views[2].tensor[5, 7] += 1
+    new = clones(views)
+    for _ in range(2):
+        plans.perturb(KEY)
+        assert not any(torch.equal(view.tensor, before) for view, before in zip(views, new))
+        plans.restore()
+        assert not plans.written()
+        assert all(torch.equal(view.tensor, before) for view, before in zip(views, new))
+    plans.release()
 
 
 def test_fingerprint():

@@ -310,3 +310,20 @@ def test_a_grouped_convolution_is_refused_where_peft_cannot_merge_it():
         model = get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="PEFT cannot merge LoRA on a grouped convolution"):
         wrap(model)
+
+
+@on_every_device
+@pytest.mark.parametrize("noise, sigma", [("filter", 0.1), ("int4", 1.0)])
+def test_a_checkpoint_loaded_amid_a_step_stays(noise, sigma, device):
+    model = lora_mlp().to(device)
+    optimizer = wrap(model, noise, sigma=sigma)
+    x = batch()[0].to(device)
+    model(x).square().mean().backward()
+    loaded = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(loaded)
+    optimizer.step()
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in loaded.items() if "lora" not in name)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in loaded.items() if "lora" not in name)

@@ -78,7 +78,9 @@ class TritonPlan:
         with _on(self._device):
             again = key == self._key
             if self._restore == "copy":
-                if self._clean:  # as it was before, whatever somebody wrote to it meanwhile: that is told
+                if self._clean:
+                    if self._journal == ALL_CLEAN:
+                        self._keep_what_was_written()
                     self._put_copy_back()
                     again = False
                 else:
@@ -142,9 +144,17 @@ class TritonPlan:
         assert self._key is not None
         launch.move(how, stage, self._key, self._sigma, self._marks.set)
 
+    def _keep_what_was_written(self) -> None:
+        """To W while it was clean (a checkpoint that was loaded): that is its clean value now."""
+        assert self._key is not None
+        foreign = torch.zeros(len(self.views), dtype=torch.int32, device=self._device)
+        for launch in self._launches:
+            launch.move(READ, RESTORE, self._key, self._sigma, foreign)
+        for view, clean, new in zip(self.views, self._clean, foreign.bool().unbind()):
+            clean.copy_(torch.where(new, rows_of(view), clean))
+
     def _put_copy_back(self) -> None:
-        # what stood clean before is looked at, too; not the one that may have been perturbed or not
-        for launch in self._launches if self._journal == ALL_CLEAN else self._launches[: self._journal.perturbed]:
+        for launch in self._launches[: self._journal.perturbed]:
             launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.set)
         torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
         self._journal = ALL_CLEAN

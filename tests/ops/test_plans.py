@@ -316,7 +316,7 @@ def test_perturbed_bits_put_back_by_somebody_are_perturbed(device, mode):
     assert all(torch.equal(view.tensor, before) for view, before in zip(views, clean))
 
 
-@pytest.mark.parametrize("noise, mode", [("filter", "reversible"), ("filter", "copy"), ("int4/32", "copy")])
+@pytest.mark.parametrize(("noise", "mode"), [("filter", "reversible"), ("filter", "copy"), ("int4/32", "copy")])
 def test_a_weight_written_to_while_it_stood_clean_is_perturbed_as_it_now_is(device, noise, mode):
     """A checkpoint loaded amid a step."""
     updates = [factors(24, 64, device=device), factors(24, 64, device=device), WeightUpdate()]

@@ -313,7 +313,7 @@ def test_a_grouped_convolution_is_refused_where_peft_cannot_merge_it():
 
 
 @on_every_device
-@pytest.mark.parametrize("noise, sigma", [("filter", 0.1), ("int4", 1.0)])
+@pytest.mark.parametrize(("noise", "sigma"), [("filter", 0.1), ("int4", 1.0)])
 def test_a_checkpoint_loaded_amid_a_step_stays(noise, sigma, device):
     model = lora_mlp().to(device)
     optimizer = wrap(model, noise, sigma=sigma)

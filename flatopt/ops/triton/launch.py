@@ -23,7 +23,8 @@ from . import kernels, rounding
 from .kernels import ADD, APPROX, PERTURB, PERTURBED, READ, RESTORE, RESUME, SPAN, SUBTRACT, TOGGLE
 from .table import DTYPES, Entry, Kind, Row, entry, upload
 
-# What an H200 likes best (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the last bits of the stds.
+# What an H200 likes best, for rounding an H100 (benchmarks/LOG.md). Whatever stands here, the noise is the same, up to the
+# last bits of the stds.
 ROWS, PAIRS, WARPS = 8, 64, 4
 PREPARE_DEPTH, PREPARE_STAGES = 256, 1
 NORM_ROWS, NORM_DEPTH, NORM_WARPS, NORM_STAGES = 64, 64, 4, 4

@@ -53,7 +53,7 @@ class writing:  # a class, as a generator's context manager takes twice as long,
         self._stack: ExitStack | None = None
         self._gradients = torch.is_grad_enabled()
         modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-        recorded = any(type(mode).__module__ in _RECORDERS for mode in modes)
+        recorded = any(cls.__module__ in _RECORDERS for mode in modes for cls in type(mode).__mro__)
         if recorded or torch.is_inference_mode_enabled():
             self._stack = ExitStack()
             if recorded:

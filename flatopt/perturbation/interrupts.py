@@ -7,7 +7,6 @@ import threading
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_handler
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -25,42 +24,47 @@ class uninterrupted:  # a class, as a generator's context manager takes half as 
     def __enter__(self) -> None:
         self._handlers: dict[int, Callable[..., Any]] = {}
         self._waiting: list[tuple[int, FrameType | None]] = []
+        self._waits = False
         if threading.get_ident() != threading.main_thread().ident:
             return
         self._handlers = {number: handler for number in _WAIT if callable(handler := getsignal(number))}
         try:
             for number in self._handlers:
                 set_handler(number, self._receive)
-        except BaseException:  # by a signal that still had its own handler
+            self._waits = True
+        except BaseException:  # by a signal, whose own handler has run
             self.__exit__()
             raise
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._waiting.append((number, frame))
+        if self._waits:
+            self._waiting.append((number, frame))
+        else:  # not taken off yet, or left where signals came one upon another
+            self._put_back(number)
+            self._handlers[number](number, frame)
+
+    def _put_back(self, number: int) -> None:
+        if getsignal(number) == self._receive:  # nobody has set another meanwhile
+            set_handler(number, self._handlers[number])
 
     def __exit__(self, *exception: object) -> None:
-        away = list(self._handlers.items())
+        away = list(self._handlers)
         raised: BaseException | None = None
         try:
-            while away:
+            while away or self._waiting:
                 try:
                     while away:
-                        number, handler = away[-1]
-                        if getsignal(number) is not handler:
-                            set_handler(number, handler)
+                        self._put_back(away[-1])
                         away.pop()
-                except BaseException as error:  # by a signal whose handler is back already
+                    self._waits = False
+                    while self._waiting:
+                        number, frame = self._waiting.pop(0)
+                        self._handlers[number](number, frame)
+                except BaseException as error:  # by one of the handlers; the others' signals are to reach them all the same
+                    if raised is not None:
+                        error.__context__ = raised
                     raised = error
-            if raised is not None:
-                raise raised
         finally:
-            _each([partial(self._handlers[number], number, frame) for number, frame in self._waiting])
-
-
-def _each(calls: list[Callable[[], Any]]) -> None:
-    """Each of them, whichever raises."""
-    if calls:
-        try:
-            calls[0]()
-        finally:
-            _each(calls[1:])
+            self._waits = False
+        if raised is not None:
+            raise raised

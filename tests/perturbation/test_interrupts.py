@@ -223,3 +223,41 @@ def test_raw_parameters_without_a_forward(press):
     with pytest.raises(INTERRUPTS), optimizer.perturbed():
         press()
     assert all(torch.equal(w, c) for w, c in zip(weights, clean))
+
+
+def test_a_handler_set_inside_stays():
+    before, new = signal.signal(signal.SIGUSR1, lambda *_: None), lambda *_: None
+    try:
+        with uninterrupted():
+            signal.signal(signal.SIGUSR1, new)
+        assert signal.getsignal(signal.SIGUSR1) is new
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_thousand_signals_are_all_delivered():
+    received = []
+    before = signal.signal(signal.SIGALRM, lambda *_: received.append(1))
+    try:
+        with uninterrupted():
+            for _ in range(1500):
+                signal.raise_signal(signal.SIGALRM)
+            assert not received
+        assert len(received) == 1500
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_of_ours_that_was_left_hands_on_and_takes_itself_off():
+    """Where a second signal raises while the first one's handlers are put back."""
+    block = uninterrupted()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with block:
+            pass
+        signal.signal(signal.SIGINT, block._receive)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -198,3 +198,19 @@ def test_a_model_made_in_inference_mode_is_refused():
         model = lora_mlp()
     with pytest.raises(ValueError, match=r"first.*made under torch\.inference_mode"):
         FlatPerturbOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), model, schedule="constant")
+
+
+def test_weights_come_back_inside_a_users_own_kind_of_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Mine(FakeTensorMode):
+        pass
+
+    model = lora_mlp()
+    before = frozen(model)
+    optimizer = FlatPerturbOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, schedule="constant")
+    model(batch()[0])
+    assert optimizer.is_perturbed
+    with Mine():
+        optimizer.restore()
+    assert not changed(model, before)

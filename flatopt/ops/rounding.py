@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.sharding import is_sharded
 from ..core.weight import WeightView
 from .constants import constant
 
@@ -61,6 +62,13 @@ def to_rounded(view: WeightView, clean: Tensor, form: str) -> Tensor:
         merged += update.dense.detach()
     offset = rounding(form)(merged).sub_(merged)
     return torch.where(merged.isfinite().all(1, keepdim=True), offset, 0.0)
+
+
+def whole_weight_needed(view: WeightView, noise: str) -> str | None:
+    """Why no backend rounds a weight to the format ``noise``, or None."""
+    if not is_sharded(view.weight.parameter):
+        return None
+    return f"noise={noise!r} rounds whole weights, and it is sharded: use noise='filter', or train under DDP"
 
 
 def refuse_rescaled(view: WeightView, form: str) -> None:

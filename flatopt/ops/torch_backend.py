@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from ..core.arguments import NOISES
-from ..core.sharding import is_sharded
 from ..core.weight import WeightView
 from .fingerprint import Flags, checksum
 from .noise import Key, normals_of_rows, row_keys, weight_key
 from .norms import rows_of, standard_deviations
 from .reversible import BITS, Grid, grid, toggled, toggled_elements
-from .rounding import to_rounded
+from .rounding import to_rounded, whole_weight_needed
 from .scratch import Scratch
 
 CHUNK = 1 << 18  # elements worked on at a time on a CPU: the temporaries stay in cache, and small
@@ -63,8 +62,8 @@ class TorchBackend:
 
     def supports(self, view: WeightView, noise: str) -> str | None:
         dtype = rows_of(view).dtype
-        if noise not in NOISES and is_sharded(view.weight.parameter):
-            return f"noise={noise!r} rounds whole weights, and it is sharded: use noise='filter', or train under DDP"
+        if noise not in NOISES and (reason := whole_weight_needed(view, noise)):
+            return reason
         return None if dtype in BITS else f"{dtype} is not fp32, bf16, fp16 or fp64"
 
     def plan(self, views: list[WeightView], noise: str, restore: str, group: Sequence[WeightView]) -> "TorchPlan":

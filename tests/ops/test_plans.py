@@ -444,7 +444,7 @@ FORMATS = ["int4", "int3/32", "uint4/16", "uint2", "nf4/64", "nf4", "int8/4096"]
 
 
 def expected_rounded(view, before, form, sigma):
-    """In float64 from the merged weight: each row at once, so that nothing but the format's own arithmetic is left."""
+    """What :func:`rounding` gives for the merged weight, and the way there in float64."""
     merged = before.cpu().float()
     for B, A, s in view.update.factors:
         merged = merged + s * (B.cpu().float() @ A.cpu().float())
@@ -495,10 +495,9 @@ def test_a_format_is_the_roundings(device, form, dtype):
 
 def test_updates_of_every_kind_are_rounded(device):
     shape, form = (24, 96), "int4/32"
-    two = WeightUpdate((*factors(*shape).factors, *factors(*shape, seed=7).factors))
     dense = WeightUpdate(dense=gaussian(*shape, seed=9, device=device))
-    of_two = WeightUpdate(tuple((B.to(device), A.to(device), s) for B, A, s in two.factors))
-    updates = [WeightUpdate(), factors(*shape, device=device), of_two, factors(*shape, r=70, device=device), dense]
+    two = WeightUpdate(tuple(f for seed in (1, 7) for f in factors(*shape, seed=seed, device=device).factors))
+    updates = [WeightUpdate(), factors(*shape, device=device), two, factors(*shape, r=70, device=device), dense]
     views = [weight_view(gaussian(*shape, seed=i, device=device), u, i) for i, u in enumerate(updates, 1)]
     plans, clean = Plans(views, form, "copy"), clones(views)
     plans.fill_std(1.0)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...core.arguments import NOISES
-from ...core.sharding import is_sharded
 from ...core.weight import WeightView
 from ..norms import rows_of
-from ..rounding import KERNEL_GROUPS, format_named
+from ..rounding import KERNEL_GROUPS, format_named, whole_weight_needed
 
 if TYPE_CHECKING:
     from ..backend import Plan
@@ -66,12 +65,10 @@ class TritonBackend:
 
 def _not_rounded(view: WeightView, noise: str) -> str | None:
     """Why the kernels do not round a weight to the format ``noise``."""
-    if is_sharded(view.weight.parameter):
-        return f"noise={noise!r} needs whole weights, and it is sharded"
     group = format_named(noise).group
     columns = rows_of(view).shape[1]
     if group is None or group >= columns or group in KERNEL_GROUPS:
-        return None
+        return whole_weight_needed(view, noise)
     return f"groups of {group} are no power of two up to {KERNEL_GROUPS[-1]}"
 
 

@@ -156,7 +156,7 @@ class TritonPlan:
 
     def _put_copy_back(self) -> None:
         for launch in self._launches[: self._journal.perturbed]:
-            launch.move(READ, RESTORE, self._key or (0, 0), self._sigma, self._marks.set)
+            self._move(launch, READ, RESTORE)
         torch._foreach_copy_([rows_of(view) for view in self.views], self._clean)
         self._journal = ALL_CLEAN
 
